@@ -1,0 +1,60 @@
+"""The factor shapes of the models the bench speaks of.
+
+A linear layer (m, n) of rank r owns a factor of m rows and one of n rows, so a model's factor heights are the widths
+that occur in its attention and MLP projections.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+RANKS = (4, 8, 16, 32, 64, 128)
+MAX_BATCH = 64
+MAX_ELEMENTS = 64 * 4096 * 32  # 32 MiB in float32: out of cache, yet a fraction of a second for the SVD
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """The widths of one transformer's linear layers."""
+
+    name: str
+    hidden: int
+    mlp: int
+    key_value: int
+
+    @property
+    def heights(self) -> tuple[int, ...]:
+        """The distinct factor heights n, tallest first."""
+        return tuple(sorted({self.hidden, self.mlp, self.key_value}, reverse=True))
+
+
+MODELS = (
+    ModelShapes("Llama-3-8B", hidden=4096, mlp=14336, key_value=1024),
+    ModelShapes("Llama-2-7B", hidden=4096, mlp=11008, key_value=4096),
+    ModelShapes("ViT-L", hidden=1024, mlp=4096, key_value=1024),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch of factors, (batch, n, r)."""
+
+    batch: int
+    n: int
+    r: int
+    models: tuple[str, ...]
+
+
+def cases(ranks: tuple[int, ...] = RANKS) -> list[Case]:
+    """Every distinct height of every model at every rank; the batch keeps the data to ``MAX_ELEMENTS``."""
+    heights = sorted({n for model in MODELS for n in model.heights})
+    return [
+        Case(
+            batch=min(MAX_BATCH, max(1, MAX_ELEMENTS // (n * r))),
+            n=n,
+            r=r,
+            models=tuple(model.name for model in MODELS if n in model.heights),
+        )
+        for n in heights
+        for r in ranks
+    ]
