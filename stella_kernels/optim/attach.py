@@ -1,0 +1,265 @@
+"""Turns any torch optimizer into a Riemannian one: hooks before and after its step."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .. import ops
+from ..checks import METHODS, NonFiniteError, check_choice
+from ..nn import StiefelFactor
+from ..reference import stiefel
+from . import targets
+
+GEOMETRIES = ("stiefel", "euclidean")
+
+# Which attachments an optimizer has; weak on both sides, so that neither is kept alive.
+_attachments: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[Attachment]] = weakref.WeakKeyDictionary()
+
+
+def attach(
+    optimizer: Optimizer,
+    target: nn.Module | Iterable[StiefelFactor | nn.Parameter],
+    *,
+    retraction: str = "polar",
+    grad_scaling: bool | float = True,
+    geometry: str = "stiefel",
+    method: str = "auto",
+) -> Attachment:
+    """Keep factors on the Stiefel manifold while ``optimizer`` trains them: the StelLA step (arXiv 2510.01938).
+
+    From now on each ``optimizer.step()``, for each factor Y (n, r) that has a gradient ∇:
+    turns it into the Riemannian ``∇ − Y ∇ᵀ Y`` before the optimizer sees it, and afterwards takes the optimizer's
+    move, divided by ``sqrt(n / d)`` and projected to the tangent space at Y, as the step to retract.
+    The rewritten ``.grad`` stays until it is zeroed. The optimizer's ``state_dict`` is unaffected; hooks are not saved
+    with it, so attach again after loading.
+
+    Args:
+        optimizer: any torch optimizer whose ``step`` takes no closure. Constrained factors go in groups without
+            weight decay.
+        target: a model with StelLA adapters (all its trainable factors are taken), or a sequence of ``StiefelFactor``
+            or of tall parameters (n, r), n > r. float32 or float64; bfloat16 and float16 work at their own precision.
+            Any devices.
+        retraction: 'polar' (a native kernel), 'qr', 'exp_map' or 'cayley' (plain PyTorch; the last two keep the drift
+            of a factor instead of correcting it).
+        grad_scaling: True takes d from the model's ``config.hidden_size``, a number is d itself, False is no scaling.
+        geometry: 'stiefel', or 'euclidean' for the ablation without constraint, which leaves the optimizer as it is.
+        method: of the polar factor, 'auto', 'newton_schulz' or 'svd'.
+
+    Raises:
+        TypeError: an argument of the wrong type, or a factor whose dtype is not floating.
+        ValueError: a choice that does not exist, a wide or batched factor, a factor that is not orthonormal, is not in
+            the optimizer, has weight decay or is attached already, an unknown hidden size.
+        NonFiniteError: a factor holds NaN or an infinity.
+
+    ``optimizer.step()`` then raises, with nothing changed, ``ValueError`` for weight decay set since and
+    ``RuntimeError`` for a closure or a sparse gradient, ``NonFiniteError`` for a NaN or infinite gradient. If the
+    optimizer moves a factor to NaN, or a retraction fails, all factors go back to their values before the step and
+    ``NonFiniteError`` or ``RuntimeError`` names those at fault.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer: found {type(optimizer).__name__}, wanted a torch.optim.Optimizer.")
+    # Wrappers such as accelerate's hand step() over: the hooks belong on the optimizer that takes it.
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    check_choice("retraction", retraction, tuple(stiefel.RETRACTIONS))
+    check_choice("geometry", geometry, GEOMETRIES)
+    check_choice("method", method, METHODS)
+    factors = targets.resolve_factors(target)
+    hidden_size: float | None = None
+    if grad_scaling is True:
+        hidden_size = targets.hidden_size_of(target) if geometry == "stiefel" else None
+    elif grad_scaling is not False:
+        hidden_size = targets.check_hidden_size("grad_scaling", grad_scaling)
+    targets.check_shapes(factors)
+    targets.check_held(optimizer, factors)
+    attached = {id(f.parameter) for a in _attachments.get(optimizer, ()) for f in a.factors}
+    twice = [f.name for f in factors if id(f.parameter) in attached]
+    if twice:
+        raise ValueError(
+            f"target: {', '.join(twice)} already attached to this optimizer, which would retract twice a step; "
+            "call .remove() on the first attachment before attaching again."
+        )
+    if geometry == "stiefel":
+        targets.check_orthonormal(factors)
+        targets.check_no_weight_decay(optimizer, {id(f.parameter): f.name for f in factors})
+    return Attachment(optimizer, factors, retraction, hidden_size, geometry, method)
+
+
+class Attachment:
+    """What ``attach`` did to an optimizer, until ``remove()``.
+
+    Attributes:
+        factors: the factors that were found, in order.
+        last_info: of the last step, (k, 4) float64 on the CPU, a row for each factor that had a gradient: status,
+            ``‖QᵀQ − I‖``, iterations, path (NaN where the retraction is not 'polar'). None before the first step.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        factors: Sequence[StiefelFactor],
+        retraction: str,
+        hidden_size: float | None,
+        geometry: str,
+        method: str,
+    ) -> None:
+        self.factors = tuple(factors)
+        self.last_info: Tensor | None = None
+        self._retraction = retraction
+        self._method = method
+        self._names = {id(f.parameter): f.name for f in factors}
+        self._views = [f.view for f in factors]  # (n, r) each, the parameters' own memory
+        self._snapshot: list[Tensor | None] = [None] * len(factors)  # as _views, reused by every step
+        self._divisors = [stiefel.gradient_scaling_divisor(v.shape[0], hidden_size) for v in self._views]
+        self._active: list[int] | None = None  # the factors of the step under way, between the two hooks
+        self._optimizer = weakref.ref(optimizer)
+        self._hooks = []
+        if geometry == "stiefel":
+            self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
+            self._hooks.append(optimizer.register_step_post_hook(self._after_step))
+        _attachments.setdefault(optimizer, weakref.WeakSet()).add(self)
+
+    def remove(self) -> None:
+        """Take the hooks off the optimizer; the factors keep their values. Does nothing the second time."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._active = None
+        self._snapshot = [None] * len(self.factors)
+        optimizer = self._optimizer()
+        if optimizer is not None and optimizer in _attachments:
+            _attachments[optimizer].discard(self)
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._active = None  # of a step that the optimizer did not finish
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        if closure is not None:
+            raise RuntimeError(
+                "closure: found one in optimizer.step(closure), wanted none: it would compute gradients after the hook "
+                "that makes them Riemannian. Call it yourself, `loss = closure()`, then optimizer.step(); optimizers that need "
+                "one, such as LBFGS, cannot be attached."
+            )
+        targets.check_no_weight_decay(optimizer, self._names)
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and float(found_inf) > 0:
+            return  # a fused optimizer under GradScaler, which is about to skip this step by itself
+        self._follow_parameters()
+        active = [i for i, f in enumerate(self.factors) if f.parameter.grad is not None]
+        gradients = {i: self._gradient(self.factors[i]) for i in active}
+        groups = self._groups(active)
+        if len(groups) > 1:  # one call writes nothing when it finds a NaN; several have to be checked beforehand
+            self._refuse_non_finite([i for i in active if not bool(gradients[i].isfinite().all())])
+        for group in groups:
+            views = [self._views[i] for i in group]
+            info = torch.ops.stella_kernels.riemannian_gradient_([gradients[i] for i in group], views)
+            self._refuse_non_finite([i for i, row in zip(group, info.tolist(), strict=True) if row[0] != ops.STATUS_OK])
+        for group in groups:
+            torch._foreach_copy_([self._buffer(i) for i in group], [self._views[i] for i in group])
+        self._active = active
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        active, self._active = self._active, None
+        if active is None:
+            return
+        self._follow_parameters()
+        info = torch.zeros(len(self.factors), ops.INFO_COLUMNS, dtype=torch.float64)
+        try:
+            for group in self._groups(active):
+                info[group] = self._retract(group)
+        except BaseException:
+            self._restore(active)
+            raise
+        self.last_info = info[active]
+        status = {i: int(info[i, 0]) for i in active}
+        if all(s == ops.STATUS_OK for s in status.values()):
+            return
+        self._restore(active)
+        back = (
+            "All factors were put back to their values before this step; the other parameters and the optimizer's "
+            "state have taken it, so go on from a checkpoint"
+        )
+        names = [self.factors[i].name for i in active if status[i] == ops.STATUS_NON_FINITE]
+        if names:
+            raise NonFiniteError(
+                f"optimizer.step() moved {', '.join(names)} to NaN or an infinity. {back}, with a lower learning rate.",
+                names,
+            )
+        names = [self.factors[i].name for i in active if status[i] != ops.STATUS_OK]
+        raise RuntimeError(
+            f"the polar retraction with method={self._method!r} did not converge for {', '.join(names)}. "
+            f"{back}, with method='auto' or 'svd'."
+        )
+
+    def _follow_parameters(self) -> None:
+        """Renew the views of parameters that were given other memory, by ``model.to(...)`` for example."""
+        for i, (factor, view) in enumerate(zip(self.factors, self._views, strict=True)):
+            if view.data_ptr() != factor.parameter.data_ptr():
+                self._views[i] = factor.view
+
+    def _gradient(self, factor: StiefelFactor) -> Tensor:
+        gradient = factor.parameter.grad
+        assert gradient is not None
+        if gradient.layout is not torch.strided:
+            raise RuntimeError(
+                f"{factor.name}: found a gradient of layout {gradient.layout}, wanted a dense one; compute the "
+                "factor's gradient without sparse=True."
+            )
+        gradient = gradient.detach()
+        return gradient.mT if factor.transposed else gradient  # (n, r)
+
+    def _groups(self, active: list[int]) -> list[list[int]]:
+        """The factors that one operator call can take: same device, same dtype."""
+        groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for i in active:
+            groups.setdefault((self._views[i].device, self._views[i].dtype), []).append(i)
+        return list(groups.values())
+
+    def _buffer(self, index: int) -> Tensor:
+        """Where a factor's value before the step is kept: of the same strides, allocated once."""
+        view, buffer = self._views[index], self._snapshot[index]
+        if buffer is None or (buffer.device, buffer.dtype, buffer.shape) != (view.device, view.dtype, view.shape):
+            buffer = self._snapshot[index] = torch.empty_like(view)
+        return buffer
+
+    def _restore(self, active: list[int]) -> None:
+        for i in active:
+            self._views[i].copy_(self._buffer(i))
+
+    def _refuse_non_finite(self, indices: list[int]) -> None:
+        if not indices:
+            return
+        names = [self.factors[i].name for i in indices]
+        values = [self.factors[i].name for i in indices if not bool(self._views[i].isfinite().all())]
+        what = f"the value of {', '.join(values)}" if values else f"the gradient of {', '.join(names)}"
+        raise NonFiniteError(
+            f"{what} holds NaN or an infinity, found before the optimizer moved anything. Zero the gradients and look "
+            "at the loss of this batch (with float16, step through a GradScaler, which skips such batches).",
+            names,
+        )
+
+    def _retract(self, group: list[int]) -> Tensor:
+        """Steps 3 to 5 of the published step, in place; one row of info for each factor."""
+        moved, previous = [self._views[i] for i in group], [self._buffer(i) for i in group]
+        divisors = [self._divisors[i] for i in group]
+        if self._retraction == "polar":
+            return torch.ops.stella_kernels.project_retract_(moved, previous, divisors, self._method)
+        rows: list[list[float]] = []
+        for new, old, divisor in zip(moved, previous, divisors, strict=True):
+            if not bool(new.isfinite().all()):
+                rows.append([ops.STATUS_NON_FINITE, float("nan"), 0.0, float("nan")])
+                continue
+            wide = torch.float32 if new.dtype in targets.HALF_DTYPES else new.dtype
+            Q = stiefel.project_retract(old.to(wide), new.to(wide), divisor, self._retraction)  # (n, r)
+            residual = float(stiefel.orthonormality_error(Q))
+            status = ops.STATUS_OK if residual < float("inf") else ops.STATUS_NON_FINITE
+            rows.append([status, residual, 0.0, float("nan")])
+            new.copy_(Q)
+        return torch.tensor(rows, dtype=torch.float64)

@@ -1,0 +1,170 @@
+"""What ``attach`` is given, checked: factors that are orthonormal and in the optimizer, the width of the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..checks import NonFiniteError, check_float_tensor
+from ..nn import StiefelFactor, stiefel_factors
+from ..reference import stiefel
+
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def resolve_factors(target: nn.Module | Iterable[StiefelFactor | nn.Parameter]) -> list[StiefelFactor]:
+    """The factors that ``target`` names: those of a model, or a sequence of factors and tall parameters."""
+    if isinstance(target, nn.Module) and not isinstance(target, nn.ParameterList):
+        factors = stiefel_factors(target)
+        if not factors:
+            raise ValueError(
+                f"target: {type(target).__name__} has no trainable Stiefel factors, wanted a model with StelLA "
+                "adapters. Add them first (StellaLinear, or get_peft_model with a StellaConfig), or pass the factors."
+            )
+        return factors
+    if isinstance(target, Tensor | StiefelFactor) or not isinstance(target, Iterable):
+        raise TypeError(
+            f"target: found {type(target).__name__}, wanted a torch.nn.Module or a sequence of StiefelFactor or "
+            "torch.nn.Parameter; put a single factor in a list."
+        )
+    factors = [_as_factor(index, item) for index, item in enumerate(target)]
+    if not factors:
+        raise ValueError("target: found an empty sequence, wanted at least one factor.")
+    first: dict[int, int] = {}
+    for index, factor in enumerate(factors):
+        if first.setdefault(id(factor.parameter), index) != index:
+            raise ValueError(
+                f"target: item {index} ({factor.name}) is the same parameter as item {first[id(factor.parameter)]}; "
+                "pass each factor once."
+            )
+    return factors
+
+
+def _as_factor(index: int, item: StiefelFactor | nn.Parameter) -> StiefelFactor:
+    name = f"target[{index}]"
+    if isinstance(item, StiefelFactor):
+        return StiefelFactor(item.parameter, item.transposed, item.name or name)
+    if not isinstance(item, nn.Parameter):
+        raise TypeError(
+            f"{name}: found {type(item).__name__}, wanted a StiefelFactor or a torch.nn.Parameter "
+            "(an optimizer moves parameters; a plain tensor or a view of one cannot be attached)."
+        )
+    if item.dim() == 2 and item.shape[0] <= item.shape[1]:
+        raise ValueError(
+            f"{name}: found a parameter of shape {tuple(item.shape)}, wanted (n, r) with n > r: square and wide ones "
+            "do not say which side is orthonormal. Pass StiefelFactor(parameter, transposed=..., name=...), with "
+            "transposed=True where the rows are."
+        )
+    return StiefelFactor(item, False, name)
+
+
+def orthonormality_tolerance(factor: StiefelFactor) -> float:
+    """The ``‖QᵀQ − I‖`` in Frobenius norm that an orthonormal factor of this shape and dtype may have.
+
+    Rounding Q to its dtype with relative error eps/2 moves QᵀQ by at most ``2 (eps/2) ‖Q‖₂ ‖Q‖ = eps sqrt(r)``. The
+    arithmetic that made it, float32 for the half dtypes, leaves each of the r columns off by some sqrt(n) eps.
+    Both are allowed several times over: the check is for factors that were never orthonormal.
+    """
+    n, r = factor.view.shape
+    dtype = factor.parameter.dtype
+    arithmetic = torch.float32 if dtype in HALF_DTYPES else dtype
+    return 2 * torch.finfo(dtype).eps * math.sqrt(r) + 8 * torch.finfo(arithmetic).eps * math.sqrt(n * r)
+
+
+def check_shapes(factors: Sequence[StiefelFactor]) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless every factor is a dense floating-point matrix, tall as viewed."""
+    for factor in factors:
+        check_float_tensor(factor.name, factor.parameter)
+        if factor.parameter.dim() != 2:
+            raise ValueError(
+                f"{factor.name}: found shape {tuple(factor.parameter.shape)}, wanted a matrix (n, r), or (r, n) stored "
+                "transposed; pass each matrix of a batch as a parameter of its own."
+            )
+        n, r = factor.view.shape
+        if n < r:
+            raise ValueError(
+                f"{factor.name}: found shape {tuple(factor.parameter.shape)} with transposed={factor.transposed}, so "
+                f"n = {n} < r = {r}, wanted n >= r; pass StiefelFactor(..., transposed={not factor.transposed})."
+            )
+        if factor.parameter.is_meta or factor.parameter.layout is not torch.strided:
+            raise ValueError(
+                f"{factor.name}: found a {factor.parameter.layout} parameter on device {factor.parameter.device}, "
+                "wanted a dense one that holds values; load the model's weights before attaching."
+            )
+
+
+def check_orthonormal(factors: Sequence[StiefelFactor]) -> None:
+    """Raise ``NonFiniteError`` or ``ValueError`` unless every factor is finite and has orthonormal columns."""
+    bad = [f.name for f in factors if not bool(f.view.isfinite().all())]
+    if bad:
+        raise NonFiniteError(
+            f"target: {', '.join(bad)} held NaN or an infinity at attach, wanted orthonormal columns; "
+            "initialise them again, or load a sound checkpoint.",
+            bad,
+        )
+    for factor in factors:
+        view = factor.view.float() if factor.parameter.dtype in HALF_DTYPES else factor.view
+        error, tolerance = float(stiefel.orthonormality_error(view)), orthonormality_tolerance(factor)
+        if not error <= tolerance:
+            raise ValueError(
+                f"{factor.name}: found columns with ‖QᵀQ − I‖ = {error:.3g}, wanted at most {tolerance:.3g} for shape "
+                f"{tuple(view.shape)} in {factor.parameter.dtype}. Initialise it with orthonormal columns, or replace "
+                "it by its polar factor: `with torch.no_grad(): factor.view.copy_(stella_kernels.polar(factor.view))`."
+            )
+
+
+def check_held(optimizer: Optimizer, factors: Sequence[StiefelFactor]) -> None:
+    """Raise ``ValueError`` naming the factors whose parameter is in no group of the optimizer."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [f.name for f in factors if id(f.parameter) not in held]
+    if missing:
+        raise ValueError(
+            f"optimizer: it does not hold {', '.join(missing)}, so it would never move them. Build the optimizer from "
+            "the parameters of the model that has its adapters (after get_peft_model), or leave these out of target."
+        )
+
+
+def check_no_weight_decay(optimizer: Optimizer, names: dict[int, str]) -> None:
+    """Raise ``ValueError`` if a group that holds a constrained parameter (id to name) has weight decay."""
+    for index, group in enumerate(optimizer.param_groups):
+        decay = group.get("weight_decay", 0)
+        if not decay:  # 0, None or a tensor that holds 0
+            continue
+        decayed = [names[id(p)] for p in group["params"] if id(p) in names]
+        if decayed:
+            raise ValueError(
+                f"optimizer: parameter group {index} has weight_decay={decay} and holds the constrained "
+                f"{', '.join(decayed)}, wanted weight_decay=0: a factor on the Stiefel manifold cannot shrink. Put the "
+                "constrained factors in a group of their own: AdamW([{'params': others}, {'params': "
+                "[f.parameter for f in stiefel_factors(model)], 'weight_decay': 0.0}])."
+            )
+
+
+def hidden_size_of(target: object) -> float:
+    """The width of the model's residual stream, read from its configuration."""
+    config: Any = getattr(target, "config", None)
+    candidates = [config]
+    if hasattr(config, "get_text_config"):
+        candidates.append(config.get_text_config())
+    for candidate in candidates:
+        size = candidate.get("hidden_size") if isinstance(candidate, dict) else getattr(candidate, "hidden_size", None)
+        if isinstance(size, int | float) and not isinstance(size, bool):
+            return check_hidden_size("config.hidden_size", size)
+    raise ValueError(
+        f"grad_scaling: True takes the model's hidden size, and {type(target).__name__} has no config.hidden_size. "
+        "Pass grad_scaling=d with the width d of the model, or grad_scaling=False to leave the steps unscaled."
+    )
+
+
+def check_hidden_size(argument: str, value: object) -> float:
+    """The value as a positive finite float, or ``ValueError``/``TypeError`` naming the argument."""
+    if not isinstance(value, int | float):
+        raise TypeError(f"{argument}: found {type(value).__name__}, wanted True, False or a positive number.")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{argument}: found {value!r}, wanted True, False or a positive number (the model's width).")
+    return float(value)
