@@ -1,0 +1,122 @@
+"""The adapter's configuration: the fields, names and defaults of the published package's, checked on creation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from peft.config import PeftConfig
+
+from ..checks import check_choice
+from .registration import extend_peft_type
+
+RETRACTIONS = ("polar", "exp_map", "qr", "cayley")
+INITS = ("rando", "svd_major", "svd_minor")
+BIASES = ("none", "all", "lora_only")
+
+
+@dataclass
+class StellaConfig(PeftConfig):
+    """Configuration of a StelLA adapter, ``W x + s · U S Vᵀ x`` with orthonormal ``U`` and ``V`` (arXiv 2510.01938).
+
+    Fields that LoRA has too mean what they mean in ``peft.LoraConfig``; the ones below are StelLA's or differ.
+
+    Args:
+        r: rank; at most the smaller dimension of every layer it is put on.
+        lora_alpha: scale of the adapter: ``s = lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``.
+        stella_retraction: how ``U`` and ``V`` return to the manifold after a step: ``'polar'``, ``'exp_map'``, ``'qr'``
+            or ``'cayley'``. Read by ``StellaTrainer`` and ``StellaCallback``.
+        stella_diag_s: store ``S`` as a vector of r numbers, the diagonal.
+        stella_grad_scaling: divide a factor's step by ``sqrt(n / d)``, n being its long side: ``True`` takes the
+            model's hidden size as d, a number is d itself, ``False`` leaves steps alone.
+        fan_in_fan_out: the weight of a layer that is neither ``nn.Linear`` nor ``Conv1D`` (which are recognised, and
+            for which this field is not looked at) is stored (n, m).
+        bias: ``'none'``, ``'all'`` or ``'lora_only'`` (biases of the adapted layers).
+        init_lora_weights: ``True`` or ``'rando'``: random orthonormal ``U`` and ``V``; ``'svd_major'``, ``'svd_minor'``:
+            singular vectors of ``W`` of the largest or smallest singular values; ``S`` is the identity in all of them.
+            ``False``: the first r columns of the identity, for factors that will be set by hand.
+
+    Raises:
+        ValueError, TypeError: a field outside what it may be; the message names it.
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank of the adapter."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Names (or endings of names) or a regular expression of layers to adapt, or 'all-linear'."},
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names (or endings of names) or a regular expression of layers to leave out."}
+    )
+    lora_alpha: int = field(default=8, metadata={"help": "Scale of the adapter, divided by r (or sqrt(r))."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the adapter's input."})
+    stella_retraction: str = field(
+        default="polar", metadata={"help": "Retraction after a step: 'polar', 'exp_map', 'qr' or 'cayley'."}
+    )
+    stella_diag_s: bool = field(default=False, metadata={"help": "Keep S diagonal, stored as a vector."})
+    stella_grad_scaling: bool | float = field(
+        default=True, metadata={"help": "Scale steps by sqrt(d / n): True (d = hidden size), False, or the number d."}
+    )
+    fan_in_fan_out: bool = field(
+        default=False, metadata={"help": "Weights of layers of unknown type are stored (fan_in, fan_out)."}
+    )
+    bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or 'lora_only'."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r)."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train in full and to save, such as a new classifier head."}
+    )
+    init_lora_weights: bool | str = field(
+        default=True, metadata={"help": "True or 'rando', 'svd_major', 'svd_minor', or False."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to adapt; needs target_modules as a list."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the module list that layers_to_transform indexes."}
+    )
+    rank_pattern: dict | None = field(
+        default_factory=dict, metadata={"help": "Ranks that differ from r, by layer name or regular expression."}
+    )
+    alpha_pattern: dict | None = field(
+        default_factory=dict, metadata={"help": "Scales that differ from lora_alpha, by name or regular expression."}
+    )
+    layer_replication: list[tuple[int, int]] | None = field(
+        default=None,
+        metadata={"help": "Ranges [start, end) of layers to stack into a deeper model that shares base weights."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = extend_peft_type()
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # a set, as PEFT's configs
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        self.rank_pattern = self.rank_pattern or {}
+        self.alpha_pattern = self.alpha_pattern or {}
+        self._check_fields()
+
+    def _check_fields(self) -> None:
+        for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": r for k, r in self.rank_pattern.items()}}.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ValueError(f"{name}: found {rank!r}, wanted a whole number, 1 or more.")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout: found {self.lora_dropout!r}, wanted a probability, 0 <= p < 1.")
+        check_choice("stella_retraction", self.stella_retraction, RETRACTIONS)
+        check_choice("bias", self.bias, BIASES)
+        if not isinstance(self.init_lora_weights, bool):
+            check_choice("init_lora_weights", self.init_lora_weights, INITS)
+        scaling = self.stella_grad_scaling
+        if not isinstance(scaling, (bool, int, float)) or (not isinstance(scaling, bool) and not scaling > 0):
+            raise ValueError(f"stella_grad_scaling: found {scaling!r}, wanted True, False or a positive number.")
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name}: found {getattr(self, name)!r} beside target_modules={self.target_modules!r}; it "
+                        "selects among names, so give target_modules as a list of names, or select layers in the expression."
+                    )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern: found {self.layers_pattern!r} without layers_to_transform, which says which layers "
+                "of that module list to adapt; give both."
+            )

@@ -1,0 +1,296 @@
+"""The PEFT layer: an opaque base layer and, for each adapter, the factors ``U``, ``S`` and ``Vᵀ``.
+
+The base layer may be anything that maps (..., n) to (..., m), quantized or itself a tuner layer: only its output is
+used. Orientation is explicit: ``U`` is stored (m, r) and ``Vᵀ`` (r, n), so a square layer or factor is not ambiguous.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .. import functional
+from ..nn import init_factors
+from .config import StellaConfig
+
+_HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def _master_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything else: in bfloat16 a factor is already 2e-4 off its manifold."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def layer_features(base: nn.Module) -> tuple[int, int] | None:
+    """(n, m), the sizes of the input and output of a linear layer; None if ``base`` is not one that can be adapted."""
+    if isinstance(base, Conv1D):
+        n, m = getattr(base.weight, "ds_shape", base.weight.shape)
+        return int(n), int(m)
+    for n_name, m_name in (("in_features", "out_features"), ("infeatures", "outfeatures")):
+        n, m = getattr(base, n_name, None), getattr(base, m_name, None)
+        if isinstance(n, int) and isinstance(m, int):
+            return n, m
+    return None
+
+
+class Factor(nn.Module):
+    """One stored factor, ``weight``: a full-precision master, also when its model is cast to half precision."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Factor:
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            # `model.to(torch.bfloat16)` moves the factor but does not round it off its manifold
+            return tensor.to(moved.device) if moved.dtype in _HALF_DTYPES else moved
+
+        super()._apply(keep_precision, recurse)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        stored = state_dict.get(prefix + "weight")
+        if stored is not None and stored.dtype in _HALF_DTYPES:
+            # loading by assignment (low_cpu_mem_usage) would take over the checkpoint's dtype
+            state_dict[prefix + "weight"] = stored.to(self.weight.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"shape={tuple(self.weight.shape)}, dtype={self.weight.dtype}"
+
+
+class StellaLayer(BaseTunerLayer):
+    """What every StelLA layer holds: factors and settings by adapter name. Mixed into an ``nn.Module``."""
+
+    adapter_layer_names = ("stella_U", "stella_S", "stella_Vt")
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora")
+
+    def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool = False) -> None:
+        self.base_layer = base_layer
+        base = self.get_base_layer()
+        features = layer_features(base)
+        if features is None:
+            raise TypeError(
+                f"base_layer: found {type(base).__name__}, wanted a linear layer (in_features, out_features)."
+            )
+        self.in_features, self.out_features = features
+        # nn.Linear stores (m, n) and Conv1D (n, m), whatever was configured; others say how by the configuration
+        self.fan_in_fan_out = isinstance(base, Conv1D) or (fan_in_fan_out and not isinstance(base, nn.Linear))
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.lora_dropout: dict[str, float] = {}
+        self.use_rslora: dict[str, bool] = {}
+        self.stella_U = nn.ModuleDict()
+        self.stella_S = nn.ModuleDict()
+        self.stella_Vt = nn.ModuleDict()
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+
+    def update_layer(self, adapter_name: str, config: StellaConfig, r: int, lora_alpha: float) -> None:
+        """Add (or replace) the adapter ``adapter_name`` of rank ``r``: U (m, r), S (r, r) or (r,), Vᵀ (r, n), float32.
+
+        Raises:
+            ValueError: ``r`` is larger than the smaller of m and n: there is no U or V with r orthonormal columns.
+        """
+        m, n = self.out_features, self.in_features
+        if not 1 <= r <= min(m, n):
+            raise ValueError(f"r: found {r} for a layer of {n} inputs and {m} outputs, wanted 1 <= r <= {min(m, n)}.")
+        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        dtype = _master_dtype(dtype or torch.float32)
+        if device is not None and device.type == "meta":
+            device = None  # weights offloaded or not yet loaded: the factors are real, unless the caller says otherwise
+        U = Factor((m, r), dtype, device)
+        S = Factor((r,) if config.stella_diag_s else (r, r), dtype, device)
+        Vt = Factor((r, n), dtype, device)
+        self._initialise(U.weight, S.weight, Vt.weight, config.init_lora_weights)
+        self.stella_U[adapter_name], self.stella_S[adapter_name], self.stella_Vt[adapter_name] = U, S, Vt
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.lora_dropout[adapter_name] = config.lora_dropout
+        self.use_rslora[adapter_name] = config.use_rslora
+        self.scaling[adapter_name] = self._configured_scaling(adapter_name)
+        self.set_adapter(self.active_adapters)
+
+    def _initialise(self, U: Tensor, S: Tensor, Vt: Tensor, init: bool | str) -> None:
+        if U.device.type == "meta":
+            return  # to be filled from a checkpoint
+        name = {True: "rando", False: "identity"}.get(init, init) if isinstance(init, bool) else init
+        weight = None
+        if name.startswith("svd"):
+            base = self.get_base_layer()
+            with gather_params_ctx(base.weight):
+                stored = dequantize_module_weight(base).detach()
+                weight = (stored.mT if self.fan_in_fan_out else stored).to(U.device)  # (m, n)
+        init_factors(U, S, Vt, name, weight)
+
+    def own_stiefel_factors(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
+        """The trainable ``U`` and ``Vᵀ`` of the active adapters, as ``nn.stiefel_factors`` collects them."""
+        for adapter in self.active_adapters:
+            for attribute, transposed in (("stella_U", False), ("stella_Vt", True)):
+                factors = getattr(self, attribute)
+                if adapter in factors and factors[adapter].weight.requires_grad:
+                    yield f"{attribute}.{adapter}.weight", factors[adapter].weight, transposed
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own also casts to the base layer's dtype; the factors are full-precision masters
+        if device is None:
+            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if device is None or device.type == "meta":
+            return
+        for attribute in self.adapter_layer_names:
+            factors = getattr(self, attribute)
+            if adapter_name in factors and factors[adapter_name].weight.device.type != "meta":
+                factors[adapter_name].to(device)
+
+    def _configured_scaling(self, adapter: str) -> float:
+        r = self.r[adapter]
+        return self.lora_alpha[adapter] / (math.sqrt(r) if self.use_rslora[adapter] else r)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the adapter's scale to ``scale`` times the configured one; a layer without that adapter is left alone."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self._configured_scaling(adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of every active adapter by ``scale``."""
+        for adapter in self._present(self.active_adapters):
+            self.scaling[adapter] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scale of every active adapter by ``scale``; without one, return to the configured scale."""
+        for adapter in self._present(self.active_adapters):
+            self.scaling[adapter] = (
+                self._configured_scaling(adapter) if scale is None else self.scaling[adapter] / scale
+            )
+
+    def _present(self, adapters: list[str]) -> list[str]:
+        return [name for name in adapters if name in self.stella_U]
+
+
+class Linear(nn.Module, StellaLayer):
+    """A linear layer (``nn.Linear``, ``Conv1D``, or quantized) with StelLA adapters.
+
+    Args:
+        base_layer: the layer to adapt, (..., n) to (..., m).
+        adapter_name, config, r, lora_alpha: the first adapter, as in ``update_layer``.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: StellaConfig, r: int, lora_alpha: float
+    ) -> None:
+        super().__init__()
+        StellaLayer.__init__(self, base_layer, config.fan_in_fan_out)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, r, lora_alpha)
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """The base layer's output, (..., n) to (..., m), plus that of every active adapter.
+
+        ``adapter_names`` names instead an adapter for each row of the batch (``'__base__'``: none); inference only.
+
+        Raises:
+            ValueError: ``adapter_names`` is not as long as the batch, or adapters are merged.
+        """
+        if adapter_names is not None and not self.disable_adapters:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        y = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return y
+        for adapter in self._present(self.active_adapters):
+            y = self._add_adapter(y, x, adapter)
+        return y
+
+    def _add_adapter(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
+        return functional.stella_adapter(
+            y,
+            x,
+            self.stella_U[adapter].weight,
+            self.stella_S[adapter].weight,
+            self.stella_Vt[adapter].weight,
+            self.scaling[adapter],
+            self.lora_dropout[adapter],
+            self.training,
+        )
+
+    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                f"adapter_names: found {len(adapter_names)} names for a batch of {len(x)}, wanted one a row."
+            )
+        if self.merged:
+            raise ValueError("adapter_names: some adapters are merged; call unmerge_adapter() first.")
+        y = self.base_layer(x, *args, **kwargs)
+        for adapter in self._present(sorted(set(adapter_names))):
+            rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter], device=x.device)
+            y = y.index_copy(0, rows, self._add_adapter(y[rows], x[rows], adapter))
+        return y
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """``s · U S Vᵀ`` in the layout of the base weight, (m, n) or (n, m), in the factors' dtype."""
+        U, S, Vt = (factors[adapter].weight for factors in (self.stella_U, self.stella_S, self.stella_Vt))
+        US = U * S if S.dim() == 1 else U @ S  # (m, r)
+        delta = (US @ Vt) * self.scaling[adapter]  # (m, n)
+        return delta.mT if self.fan_in_fan_out else delta
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters to the base weight, summed in full precision and rounded once to the weight's dtype.
+
+        Args:
+            safe_merge: check the sum before anything of this layer is changed.
+            adapter_names: those to merge; all active ones by default.
+
+        Raises:
+            ValueError: with ``safe_merge``, the sum is not finite. TypeError: the base weight is quantized.
+        """
+        adapters = self._present(check_adapters_to_merge(self, adapter_names))
+        if not adapters:
+            return
+        merged = self._base_weight_plus(adapters, 1)
+        if safe_merge and not bool(merged.isfinite().all()):
+            raise ValueError(
+                f"safe_merge: the weight merged with {adapters} holds NaN or an infinity; nothing was changed."
+            )
+        self.get_base_layer().weight.data = merged
+        self.merged_adapters.extend(adapters)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Subtract the merged adapters again: the old base weight up to its own round-off."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        adapters = self._present(self.merged_adapters)
+        self.get_base_layer().weight.data = self._base_weight_plus(adapters, -1)
+        self.merged_adapters.clear()
+
+    def _base_weight_plus(self, adapters: list[str], sign: int) -> Tensor:
+        weight = self.get_base_layer().weight.detach()
+        if not weight.is_floating_point() or weight.element_size() == 1:
+            raise TypeError(
+                f"merge: found a base weight of {weight.dtype}, wanted float32, float64, bfloat16 or float16; "
+                "load the base model without quantization to merge into it."
+            )
+        total = weight.to(_master_dtype(weight.dtype), copy=True)
+        for adapter in adapters:
+            total.add_(self.get_delta_weight(adapter).to(weight.device), alpha=sign)
+        return total.to(weight.dtype)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PEFT can turn the adapter into a LoRA: it adds ``get_delta_weight``."""
+        return True
+
+    def __repr__(self) -> str:
+        return "stella." + super().__repr__()

@@ -1,0 +1,152 @@
+"""Training with transformers: a Trainer, its mixin for other trainers, and a callback, all around ``optim.attach``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from ..nn import stiefel_factors
+from ..optim import attach
+from ..optim.attach import Attachment
+from .config import StellaConfig
+from .layer import StellaLayer
+
+
+def adapter_settings(model: nn.Module) -> tuple[str, bool | float]:
+    """(retraction, gradient scaling) that the active StelLA adapters of ``model`` are configured with.
+
+    Raises:
+        ValueError: there is no active StelLA adapter, or two disagree: an optimizer has one geometry.
+    """
+    configs: dict[str, Any] = getattr(model, "peft_config", {})
+    layers = [module for module in model.modules() if isinstance(module, StellaLayer)]
+    active = sorted({name for layer in layers for name in layer.active_adapters if name in layer.r})
+    active = [name for name in active if isinstance(configs.get(name), StellaConfig)]
+    if not active:
+        raise ValueError(
+            "model: found no active StelLA adapter, wanted a model from get_peft_model(model, StellaConfig(...))."
+        )
+    settings = {name: (configs[name].stella_retraction, configs[name].stella_grad_scaling) for name in active}
+    if len(set(settings.values())) > 1:
+        raise ValueError(
+            f"model: active adapters disagree on (stella_retraction, stella_grad_scaling): {settings}; train them one "
+            "after the other, or configure them alike."
+        )
+    return settings[active[0]]
+
+
+def attach_adapter(optimizer: torch.optim.Optimizer, model: nn.Module) -> Attachment:
+    """``optim.attach(optimizer, model, …)`` with the retraction and gradient scaling of the adapter's configuration.
+
+    Args:
+        optimizer: any torch optimizer over the model's trainable parameters, also wrapped by Accelerate.
+        model: the PEFT model.
+
+    Raises:
+        ValueError: see ``adapter_settings`` and ``optim.attach`` (weight decay on a constrained factor, among others).
+    """
+    retraction, grad_scaling = adapter_settings(model)
+    return attach(_unwrap_optimizer(optimizer), model, retraction=retraction, grad_scaling=grad_scaling)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two parameter groups of the trainable parameters of ``model``: the constrained factors without weight decay, and
+    the rest with ``weight_decay``. For an optimizer of one's own: ``AdamW(parameter_groups(model, 0.01), lr=…)``.
+    """
+    constrained = {id(factor.parameter) for factor in stiefel_factors(model)}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trainable if id(p) in constrained], "weight_decay": 0.0},
+        {"params": [p for p in trainable if id(p) not in constrained], "weight_decay": weight_decay},
+    ]
+
+
+def _unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner  # accelerate.AcceleratedOptimizer does not run step hooks itself
+    return optimizer
+
+
+class StellaTrainerMixin:
+    """Mix in before any ``Trainer``: ``class MyTrainer(StellaTrainerMixin, SFTTrainer): ...``.
+
+    ``U`` and ``V`` take no weight decay, and the optimizer keeps them on their manifolds with the retraction and
+    gradient scaling of the adapter's configuration. Works with transformers 4 and 5.
+    """
+
+    attachment: Attachment | None = None
+    _attached_to: torch.optim.Optimizer | None = None
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """The names that weight decay applies to: the Trainer's own, without the constrained factors."""
+        constrained = {factor.name for factor in stiefel_factors(model)}
+        return [name for name in super().get_decay_parameter_names(model) if name not in constrained]  # type: ignore[misc]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Create the optimizer as the Trainer does and attach the geometry to it, once.
+
+        Raises:
+            NotImplementedError: under FSDP or DeepSpeed, where no process holds a whole factor.
+        """
+        for name, flag in (("FSDP", "is_fsdp_enabled"), ("DeepSpeed", "is_deepspeed_enabled")):
+            if getattr(self, flag, False):
+                raise NotImplementedError(
+                    f"StellaTrainer: found {name}, which splits or copies factors, wanted whole ones; use one device "
+                    "or distributed data parallel training."
+                )
+        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        inner = _unwrap_optimizer(optimizer)
+        if inner is not self._attached_to:
+            if self.attachment is not None:
+                self.attachment.remove()
+            self.attachment = attach_adapter(inner, self.model)  # type: ignore[attr-defined]
+            self._attached_to = inner
+        return optimizer
+
+
+class StellaTrainer(StellaTrainerMixin, Trainer):
+    """``transformers.Trainer`` for StelLA adapters; see ``StellaTrainerMixin``. Checkpoints resume as usual."""
+
+
+class StellaCallback(TrainerCallback):
+    """Geometry for a Trainer of one's own: ``Trainer(..., callbacks=[StellaCallback()])``.
+
+    Attached when training begins and removed when it ends. A callback sees the optimizer only after its groups are
+    fixed (a checkpoint would not resume if they moved), so weight decay on ``U`` and ``V`` is an error that says what
+    to do, never changed behind the caller's back.
+    """
+
+    def __init__(self) -> None:
+        self.attachment: Attachment | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Attach to the optimizer that the Trainer hands to callbacks.
+
+        Raises:
+            ValueError: a constrained factor is in a parameter group with weight decay, or see ``attach_adapter``.
+        """
+        model, optimizer = kwargs["model"], _unwrap_optimizer(kwargs["optimizer"])
+        names = {id(factor.parameter): factor.name for factor in stiefel_factors(model)}
+        for group in optimizer.param_groups:
+            decayed = [names[id(p)] for p in group["params"] if id(p) in names]
+            if decayed and group.get("weight_decay", 0.0) != 0.0:
+                raise ValueError(
+                    f"weight_decay: found {group['weight_decay']} on {len(decayed)} constrained factors (the first is "
+                    f"{decayed[0]!r}), wanted 0. Use StellaTrainer (or StellaTrainerMixin on your own Trainer), which "
+                    "exempts them; or pass optimizers=(AdamW(stella_kernels.peft.parameter_groups(model, "
+                    "weight_decay=...), lr=...), None) to your Trainer; or train with weight_decay=0."
+                )
+        self._detach()
+        self.attachment = attach_adapter(optimizer, model)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the optimizer as it was found."""
+        self._detach()
+
+    def _detach(self) -> None:
+        if self.attachment is not None:
+            self.attachment.remove()
+            self.attachment = None
