@@ -1,7 +1,30 @@
 """StelLA adapters with the geometry for free. The public names, and nothing else."""
 
-from . import nn, optim
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+from . import functional, nn, optim
+from .functional import polar, stella_adapter, stella_linear
+from .nn import StellaLinear
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "nn", "optim"]
+__all__ = [
+    "StellaLinear",
+    "__version__",
+    "functional",
+    "nn",
+    "optim",
+    "peft",
+    "polar",
+    "stella_adapter",
+    "stella_linear",
+]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name == "peft":  # imported when first asked for: PEFT is optional
+        return import_module(".peft", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

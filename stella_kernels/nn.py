@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
+
+from . import functional
+from .checks import check_choice
+
+INITS = ("rando", "svd_major", "svd_minor")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,3 +65,177 @@ def stiefel_factors(model: nn.Module) -> list[StiefelFactor]:
             name = f"{prefix}.{local_name}" if prefix else local_name
             found.setdefault(id(parameter), StiefelFactor(parameter, transposed, name))
     return list(found.values())
+
+
+def _random_orthonormal(like: Tensor) -> Tensor:
+    """A uniformly distributed (n, r) matrix with orthonormal columns: QR of a Gaussian, R's diagonal made positive."""
+    wide = torch.float32 if like.dtype in (torch.bfloat16, torch.float16) else like.dtype
+    Q, R = torch.linalg.qr(torch.randn(like.shape, dtype=wide, device=like.device))
+    sign = R.diagonal().sign()
+    return Q * torch.where(sign == 0, 1.0, sign)  # without the signs, Q is not uniform (Mezzadri 2007)
+
+
+@torch.no_grad()
+def init_factors_(
+    U: Tensor,
+    S: Tensor,
+    Vt: Tensor,
+    init: str = "rando",
+    base_weight: Tensor | None = None,
+    fan_in_fan_out: bool = False,
+) -> None:
+    """Fill the factors in place: S with the identity (ones where diagonal), U and V with orthonormal columns.
+
+    Args:
+        U: (m, r), S: (r, r) or (r,), Vt: (r, n); any float dtype, computed in float32 at least.
+        init: "rando" (uniform on the Stiefel manifold, from torch's default generator), "svd_major" or "svd_minor" (the
+            singular vectors of the base weight with the r largest, or r smallest, singular values).
+        base_weight: (m, n), or (n, m) with ``fan_in_fan_out``; needed by the last two, left as it is.
+
+    Raises:
+        ValueError: unknown init, a shape that does not go with the others, r above m or n, or no base_weight where needed.
+    """
+    check_choice("init", init, INITS)
+    (m, r), n = U.shape, Vt.shape[1]
+    if r > min(m, n) or Vt.shape[0] != r:
+        raise ValueError(
+            f"U, Vt: found shapes {tuple(U.shape)}, {tuple(Vt.shape)}, wanted (m, r), (r, n) with 1 <= r <= min(m, n)."
+        )
+    if S.shape not in ((r, r), (r,)):
+        raise ValueError(f"S: found shape {tuple(S.shape)}, wanted ({r}, {r}), or ({r},) for a diagonal S.")
+    if init == "rando":
+        new_U, new_V = _random_orthonormal(U), _random_orthonormal(Vt.mT)
+    else:
+        new_U, new_V = _singular_vectors(base_weight, m, n, r, init, fan_in_fan_out)
+    U.copy_(new_U)
+    Vt.copy_(new_V.mT)
+    S.copy_(torch.ones_like(S) if S.dim() == 1 else torch.eye(r, dtype=S.dtype, device=S.device))
+
+
+def _singular_vectors(
+    base_weight: Tensor | None, m: int, n: int, r: int, init: str, fan_in_fan_out: bool
+) -> tuple[Tensor, Tensor]:
+    """(m, r) and (n, r): the singular vectors of the base weight that ``init`` names."""
+    if base_weight is None or not base_weight.is_floating_point():
+        found = "None" if base_weight is None else f"dtype {base_weight.dtype}"
+        raise ValueError(
+            f"base_weight: found {found}, wanted the base layer's floating-point weight, which init={init!r} "
+            "decomposes; for a quantized base use init='rando'."
+        )
+    stored = (n, m) if fan_in_fan_out else (m, n)
+    if tuple(base_weight.shape) != stored:
+        raise ValueError(f"base_weight: found shape {tuple(base_weight.shape)}, wanted {stored}.")
+    weight = base_weight.mT if fan_in_fan_out else base_weight
+    left, _, right = torch.linalg.svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False)
+    chosen = slice(0, r) if init == "svd_major" else slice(min(m, n) - r, min(m, n))
+    return left[:, chosen], right[chosen].mT
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether calling ``module`` is F.linear(x, weight, bias) and nothing else, so that it can be one node with the adapter."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is nn.Linear and "forward" not in module.__dict__ and not any(hooks)
+
+
+class StellaLinear(nn.Module):
+    """A frozen linear layer with a trained StelLA adapter: ``base(x) + s · dropout(x) V Sᵀ Uᵀ`` (arXiv 2510.01938).
+
+    S starts as the identity and U, V orthonormal, so the output at the start differs from the base's by s · x V Uᵀ.
+    Train with an optimizer given to ``stella_kernels.optim.attach``, which keeps U and V on their manifolds.
+
+    Args:
+        base: ``nn.Linear``, or a module with ``in_features`` and ``out_features`` that maps (..., n) to (..., m); its
+            parameters are frozen, and it is kept, not copied, as ``self.base``.
+        r: the rank, 1 <= r <= min(m, n).
+        alpha: s = alpha / r, or alpha / sqrt(r) with ``use_rslora``. Default: r (so s = 1, or sqrt(r)).
+        dropout: probability of dropping an element of the adapter's input while training.
+        diag_s: S is diagonal, stored (r,).
+        init: how U and V start, see :func:`init_factors_`.
+        device: where the factors live; default: where the base's first parameter or buffer is.
+        dtype: the factors' dtype. Default float32, whatever the base's: bfloat16 cannot hold orthonormal columns.
+
+    Shapes: U (m, r), S (r, r) or (r,), Vt (r, n).
+
+    Raises:
+        TypeError: base has no in_features and out_features.
+        ValueError: r out of range, dropout outside [0, 1], unknown init.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        r: int = 8,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        diag_s: bool = False,
+        init: str = "rando",
+        use_rslora: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        in_features, out_features = getattr(base, "in_features", None), getattr(base, "out_features", None)
+        if not isinstance(base, nn.Module) or in_features is None or out_features is None:
+            raise TypeError(
+                f"base: found {type(base).__name__}, wanted an nn.Linear or a module with in_features and out_features."
+            )
+        if not 1 <= r <= min(in_features, out_features):
+            raise ValueError(
+                f"r: found {r}, wanted 1 <= r <= {min(in_features, out_features)} for a layer of {out_features} x "
+                f"{in_features}: orthonormal columns need a tall factor."
+            )
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"dropout: found {dropout}, wanted a probability in [0, 1].")
+        check_choice("init", init, INITS)
+        self.in_features, self.out_features, self.r = int(in_features), int(out_features), r
+        self.alpha = float(r if alpha is None else alpha)
+        self.scale = self.alpha / (math.sqrt(r) if use_rslora else r)
+        self.dropout = float(dropout)
+        if device is None:
+            device = next((t.device for t in (*base.parameters(), *base.buffers())), None)
+        self.U = nn.Parameter(torch.empty(out_features, r, device=device, dtype=dtype))
+        self.S = nn.Parameter(torch.empty((r,) if diag_s else (r, r), device=device, dtype=dtype))
+        self.Vt = nn.Parameter(torch.empty(r, in_features, device=device, dtype=dtype))
+        weight = getattr(base, "weight", None)
+        init_factors_(self.U, self.S, self.Vt, init, weight if isinstance(weight, Tensor) else None)
+        self.base = base.requires_grad_(False)  # last, so that a refused argument leaves the base as it was
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n) to (..., m); see :func:`stella_kernels.functional.stella_linear`."""
+        factors = (self.U, self.S, self.Vt, self.scale, self.dropout, self.training)
+        if _is_plain_linear(self.base):
+            return functional.stella_linear(x, self.base.weight, self.base.bias, *factors)
+        return functional.stella_adapter(self.base(x), x, *factors)
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W + s U S Vᵀ, (m, n): a new tensor of the base weight's dtype, computed in float32 at least.
+
+        ``nn.Linear`` with this weight and the base's bias gives what this layer gives in evaluation mode.
+
+        Raises:
+            TypeError: the base has no floating-point weight of shape (m, n).
+        """
+        weight = getattr(self.base, "weight", None)
+        wanted = (self.out_features, self.in_features)
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or tuple(weight.shape) != wanted:
+            raise TypeError(
+                f"base: {type(self.base).__name__} has no floating-point weight of shape {wanted} to merge into; "
+                "dequantize it first."
+            )
+        wide = torch.promote_types(weight.dtype, self.U.dtype)
+        core = self.S.diag() if self.S.dim() == 1 else self.S
+        merged = torch.addmm(weight.to(wide), (self.U @ core).to(wide), self.Vt.to(wide), alpha=self.scale)
+        return merged.to(weight.dtype)
+
+    def own_stiefel_factors(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
+        """The factors under the constraint that are trained, for :func:`stiefel_factors`."""
+        for name, parameter, transposed in (("U", self.U, False), ("Vt", self.Vt, True)):
+            if parameter.requires_grad:
+                yield name, parameter, transposed
+
+    def extra_repr(self) -> str:
+        shape = f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}"
+        return (
+            f"{shape}, alpha={self.alpha:g}, scale={self.scale:g}, dropout={self.dropout:g}, diag_s={self.S.dim() == 1}"
+        )

@@ -11,10 +11,12 @@ comes as its ``.mT`` view and is never copied to transpose it.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
-from .reference import stiefel
+from .reference import adapter, philox, stiefel
 
 STATUS_OK = 0
 STATUS_NON_FINITE = 1
@@ -104,3 +106,123 @@ def _project_retract_reference(
 @torch.library.register_fake("stella_kernels::project_retract_", lib=_library)
 def _project_retract_fake(moved: list[Tensor], previous: list[Tensor], divisors: list[float], method: str) -> Tensor:
     return torch.empty((len(moved), INFO_COLUMNS), dtype=torch.float64)
+
+
+# The adapter. Everything is computed in y's dtype (the base layer's, so autocast's inside autocast): x and the factors
+# are cast to it where they differ, and the factors' gradients return in the factors' own dtype. y, x and grad_x are
+# (T, m), (T, n) and (T, n). The seed is an int64 scalar on x's device, None when p is 0.
+_library.define("philox_dropout(Tensor x, float p, Tensor seed) -> Tensor")
+_library.define(
+    "adapter_forward_(Tensor(a!) y, Tensor x, Tensor U, Tensor S, Tensor Vt, float scale, float p, Tensor? seed) -> Tensor"
+)
+_library.define(
+    "adapter_backward_(Tensor(a!)? grad_x, float beta, Tensor grad_y, Tensor x, Tensor A, Tensor U, Tensor S, Tensor Vt, "
+    "float scale, float p, Tensor? seed, bool[] needed) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off inside an operator: its dtypes are settled already, and in-place products refuse a mixture."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    if p == 0.0:
+        return x
+    if seed is None:
+        raise ValueError(f"seed: found None with dropout {p}, wanted an int64 scalar tensor.")
+    return torch.ops.stella_kernels.philox_dropout(x, p, seed)
+
+
+@torch.library.impl(_library, "philox_dropout", "CompositeExplicitAutograd")
+def _philox_dropout_reference(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    return philox.dropout(x, p, seed)
+
+
+@torch.library.register_fake("stella_kernels::philox_dropout", lib=_library)
+def _philox_dropout_fake(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.impl(_library, "adapter_forward_", "CompositeExplicitAutograd")
+def _adapter_forward_reference(
+    y: Tensor, x: Tensor, U: Tensor, S: Tensor, Vt: Tensor, scale: float, p: float, seed: Tensor | None
+) -> Tensor:
+    """y += s P Uᵀ in place, no (T, m) temporary; returns A = d(x) V, (T, r)."""
+    U, S, Vt = U.to(y.dtype), S.to(y.dtype), Vt.to(y.dtype)
+    with _without_autocast(y.device):
+        A = _dropped(x.to(y.dtype), p, seed) @ Vt.mT  # (T, r)
+        P = adapter.times_core(A, S.mT if S.dim() == 2 else S)  # (T, r)
+        y.addmm_(P, U.mT, alpha=scale)
+    return A
+
+
+@torch.library.register_fake("stella_kernels::adapter_forward_", lib=_library)
+def _adapter_forward_fake(
+    y: Tensor, x: Tensor, U: Tensor, S: Tensor, Vt: Tensor, scale: float, p: float, seed: Tensor | None
+) -> Tensor:
+    return y.new_empty((x.shape[0], Vt.shape[0]))
+
+
+@torch.library.impl(_library, "adapter_backward_", "CompositeExplicitAutograd")
+def _adapter_backward_reference(
+    grad_x: Tensor | None,
+    beta: float,
+    grad_y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    U: Tensor,
+    S: Tensor,
+    Vt: Tensor,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad_x = beta grad_x + dᵀ(K Vᵀ) in place; returns ∂U, ∂S, ∂Vᵀ, each of shape (0,) where ``needed`` says no."""
+    dtype = grad_y.dtype
+    need_U, need_S, need_Vt = needed
+    grad_U, grad_S, grad_Vt = U.new_empty(0), S.new_empty(0), Vt.new_empty(0)
+    core = S.to(dtype)
+    with _without_autocast(grad_y.device):
+        if need_U:
+            P = adapter.times_core(A, core.mT if S.dim() == 2 else core)  # (T, r)
+            grad_U = (grad_y.mT @ P).mul_(scale).to(U.dtype)
+        if not (need_S or need_Vt or grad_x is not None):
+            return grad_U, grad_S, grad_Vt
+        Q = (grad_y @ U.to(dtype)).mul_(scale)  # (T, r)
+        if need_S:
+            grad_S = (Q * A).sum(0, dtype=S.dtype) if S.dim() == 1 else (Q.mT @ A).to(S.dtype)
+        K = adapter.times_core(Q, core)  # (T, r)
+        if need_Vt:
+            grad_Vt = (K.mT @ _dropped(x.to(dtype), p, seed)).to(Vt.dtype)
+        if grad_x is not None and p == 0.0:
+            grad_x.addmm_(K, Vt.to(dtype), beta=beta)
+        elif grad_x is not None:
+            through = _dropped(K @ Vt.to(dtype), p, seed)  # (T, n)
+            grad_x.copy_(through) if beta == 0.0 else grad_x.mul_(beta).add_(through)
+    return grad_U, grad_S, grad_Vt
+
+
+@torch.library.register_fake("stella_kernels::adapter_backward_", lib=_library)
+def _adapter_backward_fake(
+    grad_x: Tensor | None,
+    beta: float,
+    grad_y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    U: Tensor,
+    S: Tensor,
+    Vt: Tensor,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = [
+        torch.empty_like(t, memory_format=torch.contiguous_format) if need else t.new_empty(0)
+        for t, need in zip((U, S, Vt), needed, strict=True)
+    ]
+    return grads[0], grads[1], grads[2]

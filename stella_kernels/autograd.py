@@ -1,0 +1,147 @@
+"""How gradients flow through the operators: the adapter's two autograd functions and the polar factor's gradient.
+
+The equations are those of ``reference/adapter.py``. Saved for backward are x, A (T, r), the factors, the dropout seed
+and the base weight, all but A alive already: never a mask, a dropped copy of x or anything of size (T, m).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import ops as _ops  # noqa: F401  (defines the operators)
+
+_kernels = torch.ops.stella_kernels
+
+
+def _adapter_gradients(
+    ctx: Any,
+    grad_x: Tensor | None,
+    beta: float,
+    grad_y: Tensor,
+    saved: tuple[Tensor, ...],
+    needed: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """∂U, ∂S, ∂Vᵀ where ``needed``, else None; grad_x = beta grad_x + the adapter's part, in place."""
+    x, A, U, S, Vt, seed = saved  # x (T, n)
+    if not (any(needed) or grad_x is not None):
+        return None, None, None
+    grads = _kernels.adapter_backward_(grad_x, beta, grad_y, x, A, U, S, Vt, ctx.scale, ctx.p, seed, needed)
+    return tuple(g if need else None for g, need in zip(grads, needed, strict=True))  # type: ignore[return-value]
+
+
+class StellaLinearFunction(torch.autograd.Function):
+    """y = x Wᵀ + b + s d(x) V Sᵀ Uᵀ as one node: x (..., n), y (..., m)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        U: Tensor,
+        S: Tensor,
+        Vt: Tensor,
+        scale: float,
+        p: float,
+        seed: Tensor | None,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])  # (T, n)
+        y = F.linear(rows, W, b)  # (T, m), in autocast's dtype inside autocast
+        A = _kernels.adapter_forward_(y, rows, U, S, Vt, scale, p, seed)  # (T, r)
+        ctx.save_for_backward(x, W, A, U, S, Vt, seed)
+        ctx.scale, ctx.p = scale, p
+        ctx.bias_dtype = None if b is None else b.dtype
+        return y.view(*x.shape[:-1], W.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, A, U, S, Vt, seed = ctx.saved_tensors
+        need_x, need_W, need_b, *need_factors = ctx.needs_input_grad[:6]
+        rows = x.reshape(-1, x.shape[-1])  # (T, n)
+        grad_y = grad_y.reshape(-1, grad_y.shape[-1])  # (T, m)
+        grad_x = grad_y @ W.to(grad_y.dtype) if need_x else None  # (T, n)
+        grad_W = (grad_y.mT @ rows.to(grad_y.dtype)).to(W.dtype) if need_W else None
+        grad_b = grad_y.sum(0, dtype=ctx.bias_dtype) if need_b else None
+        factors = _adapter_gradients(ctx, grad_x, 1.0, grad_y, (rows, A, U, S, Vt, seed), need_factors)
+        if grad_x is not None:
+            grad_x = grad_x.to(x.dtype).view(x.shape)
+        return grad_x, grad_W, grad_b, *factors, None, None, None
+
+
+class StellaAdapterFunction(torch.autograd.Function):
+    """y += s d(x) V Sᵀ Uᵀ in place on the output of an opaque base: x (..., n), y (..., m)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        U: Tensor,
+        S: Tensor,
+        Vt: Tensor,
+        scale: float,
+        p: float,
+        seed: Tensor | None,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])  # (T, n)
+        flat = y.reshape(-1, y.shape[-1])  # (T, m), a view wherever y's strides allow one
+        A = _kernels.adapter_forward_(flat, rows, U, S, Vt, scale, p, seed)  # (T, r)
+        if not y.is_contiguous():
+            y.copy_(flat.view(y.shape))
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, A, U, S, Vt, seed)
+        ctx.scale, ctx.p = scale, p
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, U, S, Vt, seed = ctx.saved_tensors
+        need_y, need_x, *need_factors = ctx.needs_input_grad[:5]
+        rows = x.reshape(-1, x.shape[-1])  # (T, n)
+        flat = grad_y.reshape(-1, grad_y.shape[-1])  # (T, m)
+        grad_x = flat.new_empty(rows.shape) if need_x else None  # (T, n)
+        factors = _adapter_gradients(ctx, grad_x, 0.0, flat, (rows, A, U, S, Vt, seed), need_factors)
+        if grad_x is not None:
+            grad_x = grad_x.to(x.dtype).view(x.shape)
+        return grad_y if need_y else None, grad_x, *factors, None, None, None
+
+
+def _polar_setup(ctx: Any, inputs: tuple[Tensor, str], output: tuple[Tensor, Tensor]) -> None:
+    Q, info = output
+    ctx.mark_non_differentiable(info)
+    ctx.save_for_backward(inputs[0], Q)
+
+
+@once_differentiable
+def _polar_backward(ctx: Any, grad_Q: Tensor, _grad_info: Tensor | None) -> tuple[Tensor, None]:
+    """∇M = (Ḡ − Q K) H⁻¹ + Q L⁻¹(K − Kᵀ), with H = symm(QᵀM), K = QᵀḠ and L(Ω) = H Ω + Ω H.
+
+    From M = Q H: dM = dQ H + Q dH with Ω = QᵀdQ skew and dH symmetric, so the skew part of QᵀdM gives
+    L(Ω) = QᵀdM − dMᵀQ and the rest dQ = Q Ω + (I − QQᵀ) dM H⁻¹. L is self-adjoint and maps skew to skew; the adjoint of
+    M ↦ Q follows. In H's eigenbasis L divides entry (i, j) by hᵢ + hⱼ. Source: Higham, "Functions of Matrices" (2008),
+    chapter 8 (the polar decomposition, its derivative and conditioning). Where H is singular the gradient does not
+    exist: every entry is NaN.
+    """
+    M, Q = ctx.saved_tensors
+    wide = torch.float32 if M.dtype in (torch.bfloat16, torch.float16) else M.dtype
+    M, Q, grad = M.to(wide), Q.to(wide), grad_Q.to(wide)  # (..., n, r)
+    QtM = Q.mT @ M  # (..., r, r)
+    h, E = torch.linalg.eigh((QtM + QtM.mT) / 2)  # (..., r), (..., r, r)
+    K = Q.mT @ grad  # (..., r, r)
+    skew = E.mT @ (K - K.mT) @ E / (h.unsqueeze(-1) + h.unsqueeze(-2))
+    normal = (grad - Q @ K) @ E / h.unsqueeze(-2)  # (..., n, r)
+    grad_M = normal @ E.mT + Q @ (E @ skew @ E.mT)
+    # the eigenvalues of a computed H carry an error of about n eps of the largest: at or below that, H is singular
+    floor = h[..., -1:] * (M.shape[-2] * torch.finfo(wide).eps)
+    singular = (h[..., :1] <= floor).unsqueeze(-1)  # (..., 1, 1)
+    return torch.where(singular, torch.nan, grad_M).to(ctx.saved_tensors[0].dtype), None
+
+
+torch.library.register_autograd("stella_kernels::polar", _polar_backward, setup_context=_polar_setup)

@@ -1,0 +1,196 @@
+"""The public functions: checked arguments, gradients, ``torch.compile(fullgraph=True)``; nothing but torch needed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .autograd import StellaAdapterFunction, StellaLinearFunction
+from .checks import METHODS, check_choice, check_float_tensor, check_tall
+from .ops import INFO_COLUMNS
+
+__all__ = ["polar", "stella_adapter", "stella_linear"]
+
+
+def _shape(value: Tensor) -> str:
+    return str(tuple(value.shape))
+
+
+def _check_same_device(device: torch.device, others: dict[str, Tensor]) -> None:
+    for argument, value in others.items():
+        if value.device != device:
+            raise ValueError(
+                f"{argument}: found on {value.device}, wanted {device}, where x is; move it with {argument}.to(x.device)."
+            )
+
+
+def _check_adapter(x: Tensor, U: Tensor, S: Tensor, Vt: Tensor, scale: float, dropout_p: float) -> None:
+    for argument, value in (("x", x), ("U", U), ("S", S), ("Vt", Vt)):
+        check_float_tensor(argument, value)
+    for argument, value in (("U", U), ("Vt", Vt)):
+        if value.dim() != 2 or value.numel() == 0:
+            raise ValueError(f"{argument}: found shape {_shape(value)}, wanted a matrix with no empty side.")
+    (m, r), (r_in, n) = U.shape, Vt.shape
+    if r_in != r:
+        raise ValueError(
+            f"Vt: found shape {_shape(Vt)}, wanted (r, n) with U's rank r = {r}; Vt is stored transposed: if this is V, pass V.mT."
+        )
+    if r > n or r > m:
+        raise ValueError(
+            f"{'Vt' if r > n else 'U'}: found rank r = {r} above the layer's {'in' if r > n else 'out'} features, "
+            f"{n if r > n else m}; orthonormal columns need r <= {min(m, n)}: choose a smaller r."
+        )
+    if S.shape not in ((r, r), (r,)):
+        raise ValueError(
+            f"S: found shape {_shape(S)}, wanted ({r}, {r}), or ({r},) for a diagonal S, to go with U and Vt."
+        )
+    if x.dim() < 1 or x.shape[-1] != n:
+        raise ValueError(f"x: found shape {_shape(x)}, wanted (..., {n}): its last dimension is that of Vt.")
+    _check_same_device(x.device, {"U": U, "S": S, "Vt": Vt})
+    if not isinstance(scale, (int, float)):
+        raise TypeError(f"scale: found {type(scale).__name__}, wanted a number, alpha / r or alpha / sqrt(r).")
+    if not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p: found {type(dropout_p).__name__}, wanted a number in [0, 1].")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p: found {dropout_p}, wanted a probability in [0, 1].")
+
+
+def _check_base(x: Tensor, W: Tensor, b: Tensor | None, m: int, n: int) -> None:
+    check_float_tensor("W", W)
+    if W.dim() != 2 or W.shape[0] != m or W.shape[1] != n:
+        raise ValueError(f"W: found shape {_shape(W)}, wanted ({m}, {n}): U's rows by Vt's columns.")
+    _check_same_device(x.device, {"W": W})
+    tensors = {"W": W}
+    if b is not None:
+        check_float_tensor("b", b)
+        if b.dim() != 1 or b.shape[0] != m:
+            raise ValueError(f"b: found shape {_shape(b)}, wanted ({m},), one for each row of W.")
+        _check_same_device(x.device, {"b": b})
+        tensors["b"] = b
+    if torch.is_autocast_enabled(x.device.type):
+        return
+    for argument, value in tensors.items():
+        if value.dtype != x.dtype:
+            raise TypeError(
+                f"{argument}: found dtype {value.dtype} with x in {x.dtype}, wanted the same outside autocast "
+                "(the factors may differ, the base may not); convert x, or enter torch.autocast."
+            )
+
+
+def _dropout(x: Tensor, dropout_p: float, training: bool) -> tuple[float, Tensor | None]:
+    """The dropout probability in force and its seed, drawn from torch's default generator of x's device."""
+    if not training or dropout_p == 0.0:
+        return 0.0, None
+    return float(dropout_p), torch.randint(2**63 - 1, (), dtype=torch.int64, device=x.device)
+
+
+def stella_linear(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    U: Tensor,
+    S: Tensor,
+    Vt: Tensor,
+    scale: float,
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """A linear layer with its StelLA adapter: ``x Wᵀ + b + scale · dropout(x) V Sᵀ Uᵀ`` (arXiv 2510.01938).
+
+    One autograd node that saves for backward x, A = dropout(x) V of shape (T, r), and the dropout seed; T is the number
+    of rows of x. A gradient is computed for whichever of the arguments requires one, W and b included.
+
+    Args:
+        x: (..., n), strides as they may be, T = 0 allowed.
+        W: (m, n), the base weight; outside autocast of x's dtype.
+        b: (m,) of W's dtype, or None.
+        U: (m, r), Vt: (r, n) = Vᵀ, S: (r, r), or (r,) when S is diagonal; any float dtype (float32 masters beside a
+            bfloat16 model are meant): the product is computed in the result's dtype, the gradients arrive in theirs.
+        scale: s, alpha / r, or alpha / sqrt(r) with rsLoRA.
+        dropout_p: probability that an element of x is dropped before the adapter (the base sees x itself); in force
+            when ``training``. The mask is Philox's under a seed drawn from torch's default generator, so
+            ``torch.manual_seed`` and activation checkpointing reproduce it.
+
+    Returns:
+        (..., m), in x's dtype, or inside ``torch.autocast`` in autocast's.
+
+    All tensors on one device, any device; float32, float64, bfloat16, float16. Differentiable once: a second derivative
+    raises RuntimeError.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor, or W or b differs from x in dtype outside autocast.
+        ValueError: shapes that do not go together, r above m or n, devices that differ, dropout_p outside [0, 1].
+    """
+    _check_adapter(x, U, S, Vt, scale, dropout_p)
+    _check_base(x, W, b, U.shape[0], Vt.shape[1])
+    p, seed = _dropout(x, dropout_p, training)
+    return StellaLinearFunction.apply(x, W, b, U, S, Vt, float(scale), p, seed)
+
+
+def stella_adapter(
+    y: Tensor,
+    x: Tensor,
+    U: Tensor,
+    S: Tensor,
+    Vt: Tensor,
+    scale: float,
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """Accumulate the adapter into the output of any base layer: ``y += scale · dropout(x) V Sᵀ Uᵀ``, in place; returns y.
+
+    For a base that is not a plain matrix (quantized, sharded, Conv1D): ``y = stella_adapter(base(x), x, ...)``. No
+    temporary of y's size is made, and x's gradient from the base is autograd's own affair.
+
+    Args:
+        y: (..., m), the base's output, overwritten. Everything is computed in its dtype.
+        x: (..., n), with y's leading dimensions; any float dtype.
+        U, S, Vt, scale, dropout_p, training: as in :func:`stella_linear`.
+
+    Raises:
+        TypeError, ValueError: as :func:`stella_linear`, and where y's shape is not x's leading dimensions and m.
+        RuntimeError: y is a leaf that requires grad (torch refuses to overwrite it).
+    """
+    _check_adapter(x, U, S, Vt, scale, dropout_p)
+    check_float_tensor("y", y)
+    wanted = (*x.shape[:-1], U.shape[0])
+    if y.shape != wanted:
+        raise ValueError(f"y: found shape {_shape(y)}, wanted {wanted}: x's leading dimensions and U's rows.")
+    _check_same_device(x.device, {"y": y})
+    p, seed = _dropout(x, dropout_p, training)
+    return StellaAdapterFunction.apply(y, x, U, S, Vt, float(scale), p, seed)
+
+
+def polar(M: Tensor, method: str = "auto", return_info: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    """The orthogonal polar factor ``uf(M) = M (MᵀM)^(-1/2)`` of each matrix: the nearest with orthonormal columns.
+
+    Differentiable once: with H = symm(QᵀM), K = QᵀḠ, the gradient is ``(Ḡ − QK) H⁻¹ + Q L⁻¹(K − Kᵀ)``, where
+    L(Ω) = HΩ + ΩH (Higham, "Functions of Matrices", 2008, chapter 8). A rank-deficient M has a factor (one of many,
+    orthonormal all the same) but no gradient: that matrix's gradient is NaN throughout, and nothing is raised.
+
+    Args:
+        M: (..., n, r) with n >= r, float32, float64, bfloat16 or float16 (the last two are computed in float32), on any
+            device; an empty batch gives an empty result.
+        method: "auto" (decides from the measured residual, for each matrix), "newton_schulz" or "svd".
+        return_info: also return what was done.
+
+    Returns:
+        Q of M's shape and dtype; with ``return_info`` also info, (matrices, 4) float64 on the CPU, with the columns
+        status (0 ok, 2 not converged), residual ‖QᵀQ − I‖_F, iterations and path.
+
+    Raises:
+        TypeError: M is not a floating-point tensor.
+        ValueError: M is not (..., n, r) with n >= r, or method is none of the three.
+        RuntimeError: a matrix holds NaN or an infinity (the message names it), or a second derivative is asked for.
+    """
+    check_float_tensor("M", M)
+    check_tall("M", M)
+    check_choice("method", method, METHODS)
+    if M.numel() == 0:
+        matrices = 1
+        for size in M.shape[:-2]:
+            matrices *= size
+        Q, info = M.clone(), torch.zeros((matrices, INFO_COLUMNS), dtype=torch.float64)
+    else:
+        Q, info = torch.ops.stella_kernels.polar(M, method)
+    return (Q, info) if return_info else Q
