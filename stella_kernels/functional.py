@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,8 @@ def _check_same_device(device: torch.device, others: dict[str, Tensor]) -> None:
     for argument, value in others.items():
         if value.device != device:
             raise ValueError(
-                f"{argument}: found on {value.device}, wanted {device}, where x is; move it with {argument}.to(x.device)."
+                f"{argument}: found on {value.device}, wanted {device}, where x is; "
+                f"move it with {argument}.to(x.device)."
             )
 
 
@@ -33,7 +36,8 @@ def _check_adapter(x: Tensor, U: Tensor, S: Tensor, Vt: Tensor, scale: float, dr
     (m, r), (r_in, n) = U.shape, Vt.shape
     if r_in != r:
         raise ValueError(
-            f"Vt: found shape {_shape(Vt)}, wanted (r, n) with U's rank r = {r}; Vt is stored transposed: if this is V, pass V.mT."
+            f"Vt: found shape {_shape(Vt)}, wanted (r, n) with U's rank r = {r}; Vt is stored transposed: "
+            "if this is V, pass V.mT."
         )
     if r > n or r > m:
         raise ValueError(
@@ -137,7 +141,7 @@ def stella_adapter(
     dropout_p: float = 0.0,
     training: bool = True,
 ) -> Tensor:
-    """Accumulate the adapter into the output of any base layer: ``y += scale · dropout(x) V Sᵀ Uᵀ``, in place; returns y.
+    """Accumulate the adapter into the output of any base layer, in place: ``y += scale · dropout(x) V Sᵀ Uᵀ``.
 
     For a base that is not a plain matrix (quantized, sharded, Conv1D): ``y = stella_adapter(base(x), x, ...)``. No
     temporary of y's size is made, and x's gradient from the base is autograd's own affair.
@@ -146,6 +150,9 @@ def stella_adapter(
         y: (..., m), the base's output, overwritten. Everything is computed in its dtype.
         x: (..., n), with y's leading dimensions; any float dtype.
         U, S, Vt, scale, dropout_p, training: as in :func:`stella_linear`.
+
+    Returns:
+        y itself.
 
     Raises:
         TypeError, ValueError: as :func:`stella_linear`, and where y's shape is not x's leading dimensions and m.
@@ -159,6 +166,14 @@ def stella_adapter(
     _check_same_device(x.device, {"y": y})
     p, seed = _dropout(x, dropout_p, training)
     return StellaAdapterFunction.apply(y, x, U, S, Vt, float(scale), p, seed)
+
+
+@overload
+def polar(M: Tensor, method: str = "auto", return_info: Literal[False] = False) -> Tensor: ...
+
+
+@overload
+def polar(M: Tensor, method: str = "auto", *, return_info: Literal[True]) -> tuple[Tensor, Tensor]: ...
 
 
 def polar(M: Tensor, method: str = "auto", return_info: bool = False) -> Tensor | tuple[Tensor, Tensor]:
