@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import functional
 from .checks import check_choice
 
-INITS = ("rando", "svd_major", "svd_minor")
+INITS = ("rando", "svd_major", "svd_minor", "identity")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +76,7 @@ def _random_orthonormal(like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def init_factors_(
+def init_factors(
     U: Tensor,
     S: Tensor,
     Vt: Tensor,
@@ -89,11 +89,12 @@ def init_factors_(
     Args:
         U: (m, r), S: (r, r) or (r,), Vt: (r, n); any float dtype, computed in float32 at least.
         init: "rando" (uniform on the Stiefel manifold, from torch's default generator), "svd_major" or "svd_minor" (the
-            singular vectors of the base weight with the r largest, or r smallest, singular values).
-        base_weight: (m, n), or (n, m) with ``fan_in_fan_out``; needed by the last two, left as it is.
+            singular vectors of the base weight with the r largest, or r smallest, singular values), or "identity" (the
+            first r columns of the identity: no randomness, for factors that a checkpoint will fill).
+        base_weight: (m, n), or (n, m) with ``fan_in_fan_out``; needed by the svd ones, left as it is.
 
     Raises:
-        ValueError: unknown init, a shape that does not go with the others, r above m or n, or no base_weight where needed.
+        ValueError: unknown init, shapes that do not go together, r above m or n, or no base_weight where needed.
     """
     check_choice("init", init, INITS)
     (m, r), n = U.shape, Vt.shape[1]
@@ -105,6 +106,8 @@ def init_factors_(
         raise ValueError(f"S: found shape {tuple(S.shape)}, wanted ({r}, {r}), or ({r},) for a diagonal S.")
     if init == "rando":
         new_U, new_V = _random_orthonormal(U), _random_orthonormal(Vt.mT)
+    elif init == "identity":
+        new_U, new_V = torch.eye(m, r, device=U.device), torch.eye(n, r, device=Vt.device)
     else:
         new_U, new_V = _singular_vectors(base_weight, m, n, r, init, fan_in_fan_out)
     U.copy_(new_U)
@@ -131,10 +134,12 @@ def _singular_vectors(
     return left[:, chosen], right[chosen].mT
 
 
-def _is_plain_linear(module: nn.Module) -> bool:
-    """Whether calling ``module`` is F.linear(x, weight, bias) and nothing else, so that it can be one node with the adapter."""
+def _plain_linear(module: nn.Module) -> nn.Linear | None:
+    """``module`` where calling it is F.linear of ordinary tensors and no more, so that one node can do it; else None."""
+    if type(module) is not nn.Linear or type(module.weight) not in (Tensor, nn.Parameter):
+        return None
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is nn.Linear and "forward" not in module.__dict__ and not any(hooks)
+    return None if "forward" in module.__dict__ or any(hooks) else module
 
 
 class StellaLinear(nn.Module):
@@ -150,7 +155,7 @@ class StellaLinear(nn.Module):
         alpha: s = alpha / r, or alpha / sqrt(r) with ``use_rslora``. Default: r (so s = 1, or sqrt(r)).
         dropout: probability of dropping an element of the adapter's input while training.
         diag_s: S is diagonal, stored (r,).
-        init: how U and V start, see :func:`init_factors_`.
+        init: how U and V start, see :func:`init_factors`.
         device: where the factors live; default: where the base's first parameter or buffer is.
         dtype: the factors' dtype. Default float32, whatever the base's: bfloat16 cannot hold orthonormal columns.
 
@@ -197,14 +202,15 @@ class StellaLinear(nn.Module):
         self.S = nn.Parameter(torch.empty((r,) if diag_s else (r, r), device=device, dtype=dtype))
         self.Vt = nn.Parameter(torch.empty(r, in_features, device=device, dtype=dtype))
         weight = getattr(base, "weight", None)
-        init_factors_(self.U, self.S, self.Vt, init, weight if isinstance(weight, Tensor) else None)
+        init_factors(self.U, self.S, self.Vt, init, weight if isinstance(weight, Tensor) else None)
         self.base = base.requires_grad_(False)  # last, so that a refused argument leaves the base as it was
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) to (..., m); see :func:`stella_kernels.functional.stella_linear`."""
         factors = (self.U, self.S, self.Vt, self.scale, self.dropout, self.training)
-        if _is_plain_linear(self.base):
-            return functional.stella_linear(x, self.base.weight, self.base.bias, *factors)
+        plain = _plain_linear(self.base)
+        if plain is not None:
+            return functional.stella_linear(x, plain.weight, plain.bias, *factors)
         return functional.stella_adapter(self.base(x), x, *factors)
 
     @torch.no_grad()

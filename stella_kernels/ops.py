@@ -113,11 +113,12 @@ def _project_retract_fake(moved: list[Tensor], previous: list[Tensor], divisors:
 # (T, m), (T, n) and (T, n). The seed is an int64 scalar on x's device, None when p is 0.
 _library.define("philox_dropout(Tensor x, float p, Tensor seed) -> Tensor")
 _library.define(
-    "adapter_forward_(Tensor(a!) y, Tensor x, Tensor U, Tensor S, Tensor Vt, float scale, float p, Tensor? seed) -> Tensor"
+    "adapter_forward_(Tensor(a!) y, Tensor x, Tensor U, Tensor S, Tensor Vt, float scale, float p, Tensor? seed) "
+    "-> Tensor"
 )
 _library.define(
-    "adapter_backward_(Tensor(a!)? grad_x, float beta, Tensor grad_y, Tensor x, Tensor A, Tensor U, Tensor S, Tensor Vt, "
-    "float scale, float p, Tensor? seed, bool[] needed) -> (Tensor, Tensor, Tensor)"
+    "adapter_backward_(Tensor(a!)? grad_x, float beta, Tensor grad_y, Tensor x, Tensor A, Tensor U, Tensor S, "
+    "Tensor Vt, float scale, float p, Tensor? seed, bool[] needed) -> (Tensor, Tensor, Tensor)"
 )
 
 

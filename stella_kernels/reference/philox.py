@@ -25,8 +25,8 @@ _CHUNK = 1 << 16  # blocks at a time: the int64 temporaries stay in cache
 def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Four random words for each counter: int64 tensors of one shape that hold unsigned 32-bit values, as they come in.
 
-    One round maps (c0, c1, c2, c3) to (hi(M1 c2) ^ c1 ^ k0, lo(M1 c2), hi(M0 c0) ^ c3 ^ k1, lo(M0 c0)); the key moves on
-    by the Weyl constants after each of the ten rounds.
+    One round maps (c0, c1, c2, c3) to (hi(M1 c2) ^ c1 ^ k0, lo(M1 c2), hi(M0 c0) ^ c3 ^ k1, lo(M0 c0)); the key moves
+    on by the Weyl constants after each of the ten rounds.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
