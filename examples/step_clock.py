@@ -58,7 +58,9 @@ class StepClock:
     def finish(self) -> None:
         """Record the step that ``start`` began, after ``optimizer.step()``."""
         if len(self._stamps) != 5:
-            raise RuntimeError(f"StepClock: found {len(self._stamps)} time stamps, wanted 5: start and one optimizer.step().")
+            raise RuntimeError(
+                f"StepClock: found {len(self._stamps)} time stamps, wanted 5: start and one optimizer.step()."
+            )
         begin, before, ready, moved, done = self._stamps
         self._splits.append(Split(before - begin, moved - ready, (ready - before) + (done - moved)))
 
