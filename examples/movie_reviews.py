@@ -38,11 +38,11 @@ def load_reviews(source_package: Path, neutral_band: float = 0.5) -> list[Review
     """
     if not source_package.is_file():
         raise FileNotFoundError(
-            f"{source_package}: not found, wanted the source package of vaderSentiment 3.3.2; `make demo` fetches it, or "
-            "pip download --no-deps --no-binary :all: --no-build-isolation vaderSentiment==3.3.2"
+            f"{source_package}: not found, wanted the source package of vaderSentiment 3.3.2; `make demo` "
+            "fetches it, or: pip download --no-deps --no-binary :all: --no-build-isolation vaderSentiment==3.3.2"
         )
-    inner = _member(tarfile.open(source_package), INNER_ARCHIVE)
-    text = _member(tarfile.open(fileobj=io.BytesIO(inner)), RATINGS_FILE).decode("latin-1")
+    inner = _member(source_package.read_bytes(), INNER_ARCHIVE)
+    text = _member(inner, RATINGS_FILE).decode("latin-1")
     reviews = []
     for line in text.splitlines():
         _, rating, snippet = line.split("\t", 2)
@@ -51,12 +51,12 @@ def load_reviews(source_package: Path, neutral_band: float = 0.5) -> list[Review
     return reviews
 
 
-def _member(archive: tarfile.TarFile, ending: str) -> bytes:
-    with archive:
+def _member(packed: bytes, ending: str) -> bytes:
+    with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
         for entry in archive:
             if entry.name.endswith(ending) and (file := archive.extractfile(entry)) is not None:
                 return file.read()
-    raise FileNotFoundError(f"no member ending in {ending!r} in the archive {archive.name!r}")
+    raise FileNotFoundError(f"no member ending in {ending!r} in the archive; is it another release?")
 
 
 def split(reviews: Sequence[Review], held_out: int, seed: int) -> tuple[list[Review], list[Review]]:
@@ -99,7 +99,7 @@ class Prompts:
 
 
 def random_batches(reviews: Sequence[Review], size: int, seed: int) -> Iterator[list[Review]]:
-    """Endless batches of ``size`` in a fresh order every epoch; of similar length inside a batch, so little is padding."""
+    """Endless batches of ``size``, in a fresh order every epoch and of similar length, so that little is padding."""
     rng = random.Random(seed)
     pool = 8 * size  # lengths are sorted only within a pool, which keeps batches random
     while True:

@@ -23,8 +23,8 @@ def _weights_file() -> Path:
 def load_smollm2() -> tuple[LlamaForCausalLM, Any]:
     """Return (model in evaluation mode with frozen float32 weights, tokenizer).
 
-    The weights come dequantized out of a GGUF file, and transformers keeps a model so loaded flagged as quantized, which
-    PEFT then refuses to merge into. The state dict goes into a fresh model without the flag.
+    The weights come dequantized out of a GGUF file, and transformers leaves a model so loaded flagged as quantized,
+    though it no longer is. The state dict goes into a fresh model without the flag.
     """
     file = _weights_file()
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
