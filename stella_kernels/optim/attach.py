@@ -143,8 +143,8 @@ class Attachment:
         if closure is not None:
             raise RuntimeError(
                 "closure: found one in optimizer.step(closure), wanted none: it would compute gradients after the hook "
-                "that makes them Riemannian. Call it yourself, `loss = closure()`, then optimizer.step(); optimizers that need "
-                "one, such as LBFGS, cannot be attached."
+                "that makes them Riemannian. Call it yourself, `loss = closure()`, then optimizer.step(); optimizers "
+                "that need one, such as LBFGS, cannot be attached."
             )
         targets.check_no_weight_decay(optimizer, self._names)
         found_inf = getattr(optimizer, "found_inf", None)

@@ -36,7 +36,7 @@ def _wide(value: Tensor) -> Tensor:
 
 
 class PublishedStep:
-    """One optimizer step on Stiefel manifolds, as published (StelLA, arXiv 2510.01938, algorithm 1).
+    """One optimizer step on Stiefel manifolds, as published (StelLA, arXiv 2510.01938).
 
     For each factor Y (n, r) that has a gradient ∇: ``∇ ← ∇ − Y ∇ᵀ Y``; the optimizer moves Y to Ỹ; then
     ``Δ = (Ỹ − Y) / sqrt(n / d)``, ``Δ ← Δ − Y symm(YᵀΔ)``, ``Y ← retraction(Y, Δ)``.

@@ -129,8 +129,8 @@ RETRACTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def project_retract(Y: Tensor, moved: Tensor, divisor: float, retraction: str = "polar") -> Tensor:
     """The factor after a step that took Y to ``moved``: scale, project to the tangent space at Y, retract.
 
-    ``Δ = (moved − Y) / divisor``, ``Δ ← Δ − Y symm(YᵀΔ)``, ``Y ← retraction(Y, Δ)`` (StelLA, arXiv 2510.01938,
-    algorithm 1). Y and ``moved`` are (..., n, r). Raises ``ValueError`` for a retraction not in ``RETRACTIONS``.
+    ``Δ = (moved − Y) / divisor``, ``Δ ← Δ − Y symm(YᵀΔ)``, ``Y ← retraction(Y, Δ)`` (StelLA, arXiv
+    2510.01938). Y and ``moved`` are (..., n, r). Raises ``ValueError`` for a retraction not in ``RETRACTIONS``.
     """
     check_choice("retraction", retraction, tuple(RETRACTIONS))
     return RETRACTIONS[retraction](Y, tangent_projection(Y, (moved - Y) / divisor))
