@@ -6,16 +6,42 @@ and the base weight, all but A alive already: never a mask, a dropped copy of x 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops as _ops  # noqa: F401  (defines the operators)
 
 _kernels = torch.ops.stella_kernels
+
+_TWICE = (
+    "stella_kernels: a second derivative was asked for; the adapter and the polar factor are differentiable once. "
+    "Detach the first gradient, or write the formula in plain torch (stella_kernels.reference) where it is needed."
+)
+
+
+def _differentiable_once(
+    backward: Callable[..., tuple[Tensor | None, ...]],
+) -> Callable[..., tuple[Tensor | None, ...]]:
+    """``backward`` whose results raise RuntimeError when they are differentiated in turn.
+
+    torch's own once_differentiable lets them pass as constants, silently, where the incoming gradient needs no gradient.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # enabled in backward by create_graph=True
+            return results
+        raiser = torch._C._functions.DelayedError(_TWICE, len(results))  # type: ignore[attr-defined]
+        return raiser(*(None if g is None else g.detach().requires_grad_() for g in results))
+
+    return wrapper
 
 
 def _adapter_gradients(
@@ -59,7 +85,7 @@ class StellaLinearFunction(torch.autograd.Function):
         return y.view(*x.shape[:-1], W.shape[0])
 
     @staticmethod
-    @once_differentiable
+    @_differentiable_once
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, W, A, U, S, Vt, seed = ctx.saved_tensors
         need_x, need_W, need_b, *need_factors = ctx.needs_input_grad[:6]
@@ -89,18 +115,22 @@ class StellaAdapterFunction(torch.autograd.Function):
         p: float,
         seed: Tensor | None,
     ) -> Tensor:
+        if torch.compiler.is_compiling():
+            # the compiler loses the order of the gradients where a function overwrites a view; it elides this copy
+            y = y.clone()
+        else:
+            ctx.mark_dirty(y)
         rows = x.reshape(-1, x.shape[-1])  # (T, n)
         flat = y.reshape(-1, y.shape[-1])  # (T, m), a view wherever y's strides allow one
         A = _kernels.adapter_forward_(flat, rows, U, S, Vt, scale, p, seed)  # (T, r)
         if not y.is_contiguous():
             y.copy_(flat.view(y.shape))
-        ctx.mark_dirty(y)
         ctx.save_for_backward(x, A, U, S, Vt, seed)
         ctx.scale, ctx.p = scale, p
         return y
 
     @staticmethod
-    @once_differentiable
+    @_differentiable_once
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, A, U, S, Vt, seed = ctx.saved_tensors
         need_y, need_x, *need_factors = ctx.needs_input_grad[:5]
@@ -119,7 +149,7 @@ def _polar_setup(ctx: Any, inputs: tuple[Tensor, str], output: tuple[Tensor, Ten
     ctx.save_for_backward(inputs[0], Q)
 
 
-@once_differentiable
+@_differentiable_once
 def _polar_backward(ctx: Any, grad_Q: Tensor, _grad_info: Tensor | None) -> tuple[Tensor, None]:
     """∇M = (Ḡ − Q K) H⁻¹ + Q L⁻¹(K − Kᵀ), with H = symm(QᵀM), K = QᵀḠ and L(Ω) = H Ω + Ω H.
 

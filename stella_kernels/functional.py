@@ -147,12 +147,13 @@ def stella_adapter(
     temporary of y's size is made, and x's gradient from the base is autograd's own affair.
 
     Args:
-        y: (..., m), the base's output, overwritten. Everything is computed in its dtype.
+        y: (..., m), the base's output, which is used up: its memory holds the result (a compiled graph may use other
+            memory), so go on with what is returned. Everything is computed in its dtype.
         x: (..., n), with y's leading dimensions; any float dtype.
         U, S, Vt, scale, dropout_p, training: as in :func:`stella_linear`.
 
     Returns:
-        y itself.
+        (..., m) in y's dtype: y itself, outside ``torch.compile``.
 
     Raises:
         TypeError, ValueError: as :func:`stella_linear`, and where y's shape is not x's leading dimensions and m.

@@ -135,7 +135,7 @@ def _singular_vectors(
 
 
 def _plain_linear(module: nn.Module) -> nn.Linear | None:
-    """``module`` where calling it is F.linear of ordinary tensors and no more, so that one node can do it; else None."""
+    """``module`` where calling it is F.linear of ordinary tensors and no more, so one node can do it; else None."""
     if type(module) is not nn.Linear or type(module.weight) not in (Tensor, nn.Parameter):
         return None
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
