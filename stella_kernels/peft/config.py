@@ -31,9 +31,9 @@ class StellaConfig(PeftConfig):
         fan_in_fan_out: the weight of a layer that is neither ``nn.Linear`` nor ``Conv1D`` (which are recognised, and
             for which this field is not looked at) is stored (n, m).
         bias: ``'none'``, ``'all'`` or ``'lora_only'`` (biases of the adapted layers).
-        init_lora_weights: ``True`` or ``'rando'``: random orthonormal ``U`` and ``V``; ``'svd_major'``, ``'svd_minor'``:
-            singular vectors of ``W`` of the largest or smallest singular values; ``S`` is the identity in all of them.
-            ``False``: the first r columns of the identity, for factors that will be set by hand.
+        init_lora_weights: ``True`` or ``'rando'``: random orthonormal ``U`` and ``V``; ``'svd_major'`` or
+            ``'svd_minor'``: singular vectors of ``W`` of the largest or smallest singular values; ``S`` is the
+            identity in all of them. ``False``: the first r columns of the identity, for factors that will be set.
 
     Raises:
         ValueError, TypeError: a field outside what it may be; the message names it.
@@ -96,7 +96,8 @@ class StellaConfig(PeftConfig):
         self._check_fields()
 
     def _check_fields(self) -> None:
-        for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": r for k, r in self.rank_pattern.items()}}.items():
+        patterns = {f"rank_pattern[{key!r}]": rank for key, rank in (self.rank_pattern or {}).items()}
+        for name, rank in {"r": self.r, **patterns}.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ValueError(f"{name}: found {rank!r}, wanted a whole number, 1 or more.")
         if not 0.0 <= self.lora_dropout < 1.0:
@@ -113,7 +114,7 @@ class StellaConfig(PeftConfig):
                 if getattr(self, name) is not None:
                     raise ValueError(
                         f"{name}: found {getattr(self, name)!r} beside target_modules={self.target_modules!r}; it "
-                        "selects among names, so give target_modules as a list of names, or select layers in the expression."
+                        "selects among names: give target_modules as a list, or select layers in the expression."
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(

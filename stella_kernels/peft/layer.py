@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import functional
 from ..nn import init_factors
+from ..reference.stiefel import orthonormality_error
 from .config import StellaConfig
 
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -42,10 +43,16 @@ def layer_features(base: nn.Module) -> tuple[int, int] | None:
 
 
 class Factor(nn.Module):
-    """One stored factor, ``weight``: a full-precision master, also when its model is cast to half precision."""
+    """One stored factor, ``weight``: a full-precision master, also when its model is cast to half precision.
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> None:
+    ``orthonormal`` says which side is: 'columns' (U), 'rows' (Vᵀ), or None (S).
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None, orthonormal: str | None = None
+    ) -> None:
         super().__init__()
+        self.orthonormal = orthonormal
         self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Factor:
@@ -61,8 +68,22 @@ class Factor(nn.Module):
         stored = state_dict.get(prefix + "weight")
         if stored is not None and stored.dtype in _HALF_DTYPES:
             # loading by assignment (low_cpu_mem_usage) would take over the checkpoint's dtype
-            state_dict[prefix + "weight"] = stored.to(self.weight.dtype)
+            state_dict[prefix + "weight"] = self._restored(stored)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @torch.no_grad()
+    def _restored(self, stored: Tensor) -> Tensor:
+        """A factor that was saved in half precision: in full precision, and back on the manifold it was rounded off."""
+        full = stored.to(self.weight.dtype)
+        if self.orthonormal is None or stored.is_meta:
+            return full
+        tall = full if self.orthonormal == "columns" else full.mT  # (n, r)
+        # rounding moves QᵀQ by eps sqrt(r) at most; what is further off was never orthonormal, and is not touched
+        if not float(orthonormality_error(tall)) <= 4 * torch.finfo(stored.dtype).eps * math.sqrt(tall.shape[-1]):
+            return full
+        Q = functional.polar(tall)
+        assert isinstance(Q, Tensor)
+        return (Q if self.orthonormal == "columns" else Q.mT).contiguous()
 
     def extra_repr(self) -> str:
         return f"shape={tuple(self.weight.shape)}, dtype={self.weight.dtype}"
@@ -109,9 +130,9 @@ class StellaLayer(BaseTunerLayer):
         dtype = _master_dtype(dtype or torch.float32)
         if device is not None and device.type == "meta":
             device = None  # weights offloaded or not yet loaded: the factors are real, unless the caller says otherwise
-        U = Factor((m, r), dtype, device)
+        U = Factor((m, r), dtype, device, "columns")
         S = Factor((r,) if config.stella_diag_s else (r, r), dtype, device)
-        Vt = Factor((r, n), dtype, device)
+        Vt = Factor((r, n), dtype, device, "rows")
         self._initialise(U.weight, S.weight, Vt.weight, config.init_lora_weights)
         self.stella_U[adapter_name], self.stella_S[adapter_name], self.stella_Vt[adapter_name] = U, S, Vt
         self.r[adapter_name] = r
@@ -124,22 +145,27 @@ class StellaLayer(BaseTunerLayer):
     def _initialise(self, U: Tensor, S: Tensor, Vt: Tensor, init: bool | str) -> None:
         if U.device.type == "meta":
             return  # to be filled from a checkpoint
-        name = {True: "rando", False: "identity"}.get(init, init) if isinstance(init, bool) else init
-        weight = None
-        if name.startswith("svd"):
-            base = self.get_base_layer()
+        name = ("rando" if init else "identity") if isinstance(init, bool) else init
+        if not name.startswith("svd"):
+            init_factors(U, S, Vt, name)
+        else:
+            base: Any = self.get_base_layer()
             with gather_params_ctx(base.weight):
-                stored = dequantize_module_weight(base).detach()
-                weight = (stored.mT if self.fan_in_fan_out else stored).to(U.device)  # (m, n)
-        init_factors(U, S, Vt, name, weight)
+                weight = dequantize_module_weight(base).detach().to(U.device)
+                init_factors(U, S, Vt, name, weight, self.fan_in_fan_out)
+
+    def factors(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+        """U (m, r), S (r, r) or (r,), Vᵀ (r, n) of an adapter of this layer."""
+        U, S, Vt = (cast(Factor, kind[adapter]).weight for kind in (self.stella_U, self.stella_S, self.stella_Vt))
+        return U, S, Vt
 
     def own_stiefel_factors(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
         """The trainable ``U`` and ``Vᵀ`` of the active adapters, as ``nn.stiefel_factors`` collects them."""
-        for adapter in self.active_adapters:
-            for attribute, transposed in (("stella_U", False), ("stella_Vt", True)):
-                factors = getattr(self, attribute)
-                if adapter in factors and factors[adapter].weight.requires_grad:
-                    yield f"{attribute}.{adapter}.weight", factors[adapter].weight, transposed
+        for adapter in self._present(self.active_adapters):
+            U, _, Vt = self.factors(adapter)
+            for attribute, parameter, transposed in (("stella_U", U, False), ("stella_Vt", Vt, True)):
+                if parameter.requires_grad:
+                    yield f"{attribute}.{adapter}.weight", parameter, transposed
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own also casts to the base layer's dtype; the factors are full-precision masters
@@ -208,21 +234,25 @@ class Linear(nn.Module, StellaLayer):
         y = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return y
-        for adapter in self._present(self.active_adapters):
+        active = self._present(self.active_adapters)
+        if active and not self._owns_output():
+            y = y.clone()
+        for adapter in active:
             y = self._add_adapter(y, x, adapter)
         return y
 
+    def _owns_output(self) -> bool:
+        """Whether what the base layer returns is nobody else's, so that the adapter may be added to it in place.
+
+        A hook may keep the output, and autograd forbids writing to views that some quantized layers and backward hooks
+        return.
+        """
+        base = self.base_layer
+        return type(base) in (nn.Linear, Conv1D, Linear) and not (base._forward_hooks or base._backward_hooks)
+
     def _add_adapter(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
-        return functional.stella_adapter(
-            y,
-            x,
-            self.stella_U[adapter].weight,
-            self.stella_S[adapter].weight,
-            self.stella_Vt[adapter].weight,
-            self.scaling[adapter],
-            self.lora_dropout[adapter],
-            self.training,
-        )
+        settings = self.scaling[adapter], self.lora_dropout[adapter], self.training
+        return functional.stella_adapter(y, x, *self.factors(adapter), *settings)
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         if len(x) != len(adapter_names):
@@ -239,7 +269,7 @@ class Linear(nn.Module, StellaLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """``s · U S Vᵀ`` in the layout of the base weight, (m, n) or (n, m), in the factors' dtype."""
-        U, S, Vt = (factors[adapter].weight for factors in (self.stella_U, self.stella_S, self.stella_Vt))
+        U, S, Vt = self.factors(adapter)
         US = U * S if S.dim() == 1 else U @ S  # (m, r)
         delta = (US @ Vt) * self.scaling[adapter]  # (m, n)
         return delta.mT if self.fan_in_fan_out else delta
@@ -277,7 +307,8 @@ class Linear(nn.Module, StellaLayer):
         self.merged_adapters.clear()
 
     def _base_weight_plus(self, adapters: list[str], sign: int) -> Tensor:
-        weight = self.get_base_layer().weight.detach()
+        base: Any = self.get_base_layer()
+        weight: Tensor = base.weight.detach()
         if not weight.is_floating_point() or weight.element_size() == 1:
             raise TypeError(
                 f"merge: found a base weight of {weight.dtype}, wanted float32, float64, bfloat16 or float16; "

@@ -40,9 +40,9 @@ class StellaModel(BaseTuner):
 
     prefix: str = PREFIX
     tuner_layer_cls = StellaLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    def _check_new_adapter_config(self, config: StellaConfig) -> None:
+    def _check_new_adapter_config(self, config: Any) -> None:
         super()._check_new_adapter_config(config)
         if config.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
             raise ValueError(
@@ -50,7 +50,7 @@ class StellaModel(BaseTuner):
                 "use bias='none', or a newer PEFT (pip install -U peft)."
             )
 
-    def _prepare_model(self, peft_config: StellaConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         # PEFT replaces layers one by one, so a layer that cannot be adapted must be found before the first is replaced
         resolved = _maybe_include_all_linear_layers(copy.copy(peft_config), model)
         for name, module in model.named_modules():
@@ -76,13 +76,13 @@ class StellaModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: StellaConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **_: Any,
+        parameter_name: str | None = None,
     ) -> None:
         r, alpha = _rank_and_alpha(peft_config, current_key)
         if isinstance(target, StellaLayer):
@@ -95,7 +95,7 @@ class StellaModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        if any(config.layer_replication for config in self.peft_config.values()):
+        if any(getattr(config, "layer_replication", None) for config in self.peft_config.values()):
             raise ValueError(
                 "merge: layers replicated by layer_replication share base weights, so adapters cannot be merged."
             )
@@ -134,8 +134,8 @@ class StellaModel(BaseTuner):
 
 def _rank_and_alpha(config: StellaConfig, name: str) -> tuple[int, float]:
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
-    r = ranks.get(get_pattern_key(ranks.keys(), name), config.r)
-    return r, alphas.get(get_pattern_key(alphas.keys(), name), config.lora_alpha)
+    r = ranks.get(get_pattern_key(list(ranks), name), config.r)
+    return r, alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
 
 
 def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:

@@ -35,15 +35,16 @@ def extend_peft_type() -> Any:
     Afterwards ``PeftType.STELLA``, ``PeftType("STELLA")``, ``PeftType["STELLA"]``, iteration, comparison with the plain
     string, copying and pickling work as for every other member.
     """
-    from peft.utils.peft_types import PeftType
+    from peft.utils import peft_types
 
+    PeftType: Any = peft_types.PeftType
     if METHOD_NAME in PeftType.__members__:
         return PeftType[METHOD_NAME]
     member = str.__new__(PeftType, METHOD_NAME)
     member._name_ = METHOD_NAME
     member._value_ = METHOD_NAME
-    member._sort_order_ = len(PeftType._member_names_)  # type: ignore[attr-defined]
-    member.__objclass__ = PeftType  # type: ignore[attr-defined]
+    member._sort_order_ = len(PeftType._member_names_)
+    member.__objclass__ = PeftType
     # attribute access first: once the name is in the member map, the enumeration refuses to set it
     setattr(PeftType, METHOD_NAME, member)
     PeftType._member_names_.append(METHOD_NAME)
@@ -59,10 +60,11 @@ def register(config_cls: type, model_cls: type) -> None:
         ImportError: another package (the published ``stella``, or PEFT itself) has registered ``STELLA`` already. Both
             write the same files, so either can load the other's, but one process can hold only one of them.
     """
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft import mapping
     from peft.utils import register_peft_method
 
-    registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(METHOD_NAME)  # type: ignore[call-overload]
+    configs: dict[Any, type] = mapping.PEFT_TYPE_TO_CONFIG_MAPPING
+    registered = configs.get(METHOD_NAME)  # members compare and hash as their strings
     if registered is config_cls:
         return
     if registered is not None:
