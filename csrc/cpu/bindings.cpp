@@ -1,0 +1,151 @@
+// The CPU kernels under torch's dispatcher, on the stable ABI: no at:: or c10:: symbol, so a wheel outlives a release.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "schedule.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kInfoColumns = 4;
+
+const stella::Pool& pool() {
+  static thread_local stella::Pool p;
+  p.threads = torch::stable::get_num_threads();
+  if (!p.parallel_for)
+    p.parallel_for = [](int64_t count, const std::function<void(int64_t)>& body) {
+      torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) body(i);
+      });
+    };
+  return p;
+}
+
+stella::Storage storage_of(const Tensor& t, const char* argument) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return stella::Storage::float32;
+    case ScalarType::Double:
+      return stella::Storage::float64;
+    case ScalarType::BFloat16:
+      return stella::Storage::bfloat16;
+    case ScalarType::Half:
+      return stella::Storage::float16;
+    default:
+      STD_TORCH_CHECK(false, argument, ": wanted dtype float32, float64, bfloat16 or float16; convert it first.");
+  }
+}
+
+stella::Method method_of(const std::string& name) {
+  if (name == "auto") return stella::Method::automatic;
+  if (name == "newton_schulz") return stella::Method::newton_schulz;
+  if (name == "svd") return stella::Method::svd;
+  STD_TORCH_CHECK(false, "method: found '", name, "', wanted 'auto', 'newton_schulz' or 'svd'.");
+}
+
+void* data_of(const Tensor& t) { return t.mutable_data_ptr(); }
+
+stella::MatrixView matrix_of(const Tensor& t, const char* argument) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) >= t.size(1), argument,
+                  ": wanted (n, r) matrices with n >= r; a factor stored (r, n) is passed as its .mT view.");
+  return {data_of(t), t.size(0), t.size(1), t.stride(0), t.stride(1), storage_of(t, argument)};
+}
+
+Tensor info_of(const std::vector<stella::Outcome>& outcomes) {
+  const int64_t sizes[2] = {static_cast<int64_t>(outcomes.size()), kInfoColumns};
+  Tensor info = torch::stable::empty({sizes[0], sizes[1]}, ScalarType::Double);
+  double* row = static_cast<double*>(info.mutable_data_ptr());
+  for (const stella::Outcome& o : outcomes) {
+    row[0] = static_cast<double>(o.status);
+    row[1] = o.residual;
+    row[2] = o.iterations;
+    row[3] = static_cast<double>(o.path);
+    row += kInfoColumns;
+  }
+  return info;
+}
+
+void check_pairs(size_t first, size_t second, const char* names) {
+  STD_TORCH_CHECK(first == second, names, ": found ", first, " and ", second, " tensors, wanted as many of each.");
+}
+
+void check_same(const Tensor& a, const Tensor& b, const char* names) {
+  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), names, ": wanted the same dtype in each pair.");
+  STD_TORCH_CHECK(a.dim() == b.dim() && a.size(0) == b.size(0) && a.size(1) == b.size(1), names,
+                  ": wanted the same shape in each pair.");
+}
+
+std::tuple<Tensor, Tensor> polar(const Tensor& M, const std::string& method) {
+  const int64_t dims = M.dim();
+  STD_TORCH_CHECK(dims >= 2 && M.size(dims - 2) >= M.size(dims - 1), "M: wanted (..., n, r) with n >= r; pass M.mT.");
+  const stella::Storage storage = storage_of(M, "M");
+  std::vector<int64_t> shape(dims), index(dims > 2 ? dims - 2 : 0, 0);
+  int64_t batch = 1;
+  for (int64_t d = 0; d < dims; ++d) {
+    shape[d] = M.size(d);
+    if (d < dims - 2) batch *= shape[d];
+  }
+  Tensor Q = torch::stable::new_empty(M, shape);
+  const int64_t n = shape[dims - 2], r = shape[dims - 1];
+  const int64_t bytes = static_cast<int64_t>(M.element_size());
+  char* in = static_cast<char*>(data_of(M));
+  char* out = static_cast<char*>(data_of(Q));
+  std::vector<stella::PolarJob> jobs;
+  jobs.reserve(batch);
+  for (int64_t b = 0; b < batch; ++b) {
+    int64_t offset = 0;
+    for (int64_t d = 0; d < dims - 2; ++d) offset += index[d] * M.stride(d);
+    jobs.push_back({{in + offset * bytes, n, r, M.stride(dims - 2), M.stride(dims - 1), storage},
+                    {out + b * n * r * bytes, n, r, r, 1, storage}});
+    for (int64_t d = dims - 3; d >= 0 && ++index[d] == shape[d]; --d) index[d] = 0;
+  }
+  const std::vector<stella::Outcome> outcomes = stella::polar(pool(), jobs, method_of(method));
+  for (size_t b = 0; b < outcomes.size(); ++b) {
+    STD_TORCH_CHECK(outcomes[b].status != stella::Status::non_finite, "polar: matrix ", b,
+                    " of M holds NaN or an infinity; the orthogonal polar factor is not defined for it. "
+                    "Check the values that were passed in.");
+    STD_TORCH_CHECK(outcomes[b].status != stella::Status::not_converged, "polar: matrix ", b,
+                    " of M did not converge with method='", method,
+                    "': it is too ill-conditioned or rank-deficient. Use method='auto' or 'svd'.");
+  }
+  return {Q, info_of(outcomes)};
+}
+
+Tensor riemannian_gradient_(const std::vector<Tensor>& gradients, const std::vector<Tensor>& factors) {
+  check_pairs(gradients.size(), factors.size(), "gradients, factors");
+  std::vector<stella::GradientJob> jobs;
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    check_same(gradients[i], factors[i], "gradients, factors");
+    jobs.push_back({matrix_of(gradients[i], "gradients"), matrix_of(factors[i], "factors")});
+  }
+  return info_of(stella::riemannian_gradient(pool(), jobs));
+}
+
+Tensor project_retract_(const std::vector<Tensor>& moved, const std::vector<Tensor>& previous,
+                        const std::vector<double>& divisors, const std::string& method) {
+  check_pairs(moved.size(), previous.size(), "moved, previous");
+  check_pairs(moved.size(), divisors.size(), "moved, divisors");
+  std::vector<stella::RetractJob> jobs;
+  for (size_t i = 0; i < moved.size(); ++i) {
+    check_same(moved[i], previous[i], "moved, previous");
+    STD_TORCH_CHECK(divisors[i] > 0, "divisors: wanted positive numbers.");
+    jobs.push_back({matrix_of(moved[i], "moved"), matrix_of(previous[i], "previous"), divisors[i]});
+  }
+  return info_of(stella::project_retract(pool(), jobs, method_of(method)));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(stella_kernels, CPU, m) {
+  m.impl("polar", TORCH_BOX(&polar));
+  m.impl("riemannian_gradient_", TORCH_BOX(&riemannian_gradient_));
+  m.impl("project_retract_", TORCH_BOX(&project_retract_));
+}

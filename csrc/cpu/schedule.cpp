@@ -1,0 +1,194 @@
+#include "schedule.h"
+
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <mutex>
+#include <numeric>
+
+namespace stella {
+namespace {
+
+int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
+
+// Tasks from a queue, so that a thread that is done early takes the next one. What a task computes does not depend on
+// the thread that takes it. The first exception is rethrown here, after every thread has stopped.
+void run_queue(const Pool& pool, int64_t tasks, const std::function<void(int64_t)>& task) {
+  if (tasks == 0) return;
+  std::atomic<int64_t> next{0};
+  std::exception_ptr error;
+  std::mutex guard;
+  auto work = [&](int64_t) {
+    try {
+      for (int64_t i = next++; i < tasks; i = next++) task(i);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(guard);
+      if (!error) error = std::current_exception();
+      next = tasks;
+    }
+  };
+  const int64_t workers = std::min(pool.threads, tasks);
+  if (workers <= 1)
+    work(0);
+  else
+    pool.parallel_for(workers, work);
+  if (error) std::rethrow_exception(error);
+}
+
+// Largest first; a matrix with more than half a thread's share of the work has its rows shared.
+struct Division {
+  std::vector<int64_t> shared, whole;
+};
+
+Division divide(const Pool& pool, const std::vector<MatrixView>& matrices, bool two_operands) {
+  const IsaKernels& k = kernels();
+  std::vector<double> work(matrices.size());
+  for (size_t i = 0; i < matrices.size(); ++i)
+    work[i] = static_cast<double>(matrices[i].n) * static_cast<double>(matrices[i].r) *
+              static_cast<double>(matrices[i].r + 8);
+  const double total = std::accumulate(work.begin(), work.end(), 0.0);
+  std::vector<int64_t> order(matrices.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return work[a] > work[b]; });
+  Division division;
+  for (const int64_t i : order) {
+    const MatrixView& m = matrices[i];
+    const bool large = pool.threads > 1 && work[i] * 2.0 * static_cast<double>(pool.threads) > total;
+    if (large && m.n >= 2 * k.plan(m.n, m.r, m.storage, two_operands).block_rows)
+      division.shared.push_back(i);
+    else
+      division.whole.push_back(i);
+  }
+  return division;
+}
+
+// gram = sum over blocks of rows of pass(begin, end, block's gram), added in the order of the rows.
+void gram_of_blocks(const Pool& pool, int64_t n, int64_t block, int64_t size, double* gram,
+                    const std::function<void(int64_t, int64_t, double*)>& pass) {
+  const int64_t blocks = blocks_of(n, block);
+  std::vector<double> partial(static_cast<size_t>(blocks * size), 0.0);
+  run_queue(pool, blocks,
+            [&](int64_t b) { pass(b * block, std::min(n, (b + 1) * block), partial.data() + b * size); });
+  std::fill(gram, gram + size, 0.0);
+  for (int64_t b = 0; b < blocks; ++b)
+    for (int64_t i = 0; i < size; ++i) gram[i] += partial[static_cast<size_t>(b * size + i)];
+}
+
+}  // namespace
+
+std::vector<Outcome> polar(const Pool& pool, const std::vector<PolarJob>& jobs, Method method) {
+  const IsaKernels& k = kernels();
+  std::vector<Outcome> outcomes(jobs.size());
+  std::vector<MatrixView> matrices;
+  for (const PolarJob& job : jobs) matrices.push_back(job.in);
+  Division division = divide(pool, matrices, false);
+  for (const int64_t i : division.shared) {
+    const PolarJob& job = jobs[i];
+    const int64_t n = job.in.n, r = job.in.r, block = k.plan(n, r, job.in.storage, false).block_rows;
+    bool done = false;
+    if (method == Method::automatic) {
+      std::vector<double> gram(r * r), coefficients(r * r);
+      gram_of_blocks(pool, n, block, r * r, gram.data(),
+                     [&](int64_t b, int64_t e, double* out) { k.polar_gram(job, b, e, out); });
+      if (k.polar_solve(job, gram.data(), coefficients.data(), &outcomes[i])) {
+        gram_of_blocks(pool, n, block, r * r, gram.data(), [&](int64_t b, int64_t e, double* out) {
+          k.polar_update(job, b, e, coefficients.data(), out);
+        });
+        done = k.polar_accept(job, gram.data(), &outcomes[i]);
+      }
+    }
+    if (!done) division.whole.push_back(i);
+  }
+  run_queue(pool, static_cast<int64_t>(division.whole.size()), [&](int64_t t) {
+    const int64_t i = division.whole[t];
+    k.polar(jobs[i], method, &outcomes[i]);
+  });
+  return outcomes;
+}
+
+std::vector<Outcome> project_retract(const Pool& pool, const std::vector<RetractJob>& jobs, Method method) {
+  const IsaKernels& k = kernels();
+  std::vector<Outcome> outcomes(jobs.size());
+  std::vector<MatrixView> matrices;
+  for (const RetractJob& job : jobs) matrices.push_back(job.moved);
+  Division division = divide(pool, matrices, true);
+  for (const int64_t i : division.shared) {
+    const RetractJob& job = jobs[i];
+    const int64_t n = job.moved.n, r = job.moved.r, block = k.plan(n, r, job.moved.storage, true).block_rows;
+    bool done = false;
+    if (method == Method::automatic) {
+      std::vector<double> gram(4 * r * r), coefficients(2 * r * r);
+      gram_of_blocks(pool, n, block, 4 * r * r, gram.data(),
+                     [&](int64_t b, int64_t e, double* out) { k.retract_gram(job, b, e, out); });
+      if (k.retract_solve(job, gram.data(), coefficients.data(), &outcomes[i])) {
+        run_queue(pool, blocks_of(n, block), [&](int64_t b) {
+          k.retract_update(job, b * block, std::min(n, (b + 1) * block), coefficients.data());
+        });
+        done = true;
+      }
+    }
+    if (!done) division.whole.push_back(i);
+  }
+  run_queue(pool, static_cast<int64_t>(division.whole.size()), [&](int64_t t) {
+    const int64_t i = division.whole[t];
+    k.retract(jobs[i], method, &outcomes[i]);
+  });
+  return outcomes;
+}
+
+std::vector<char> all_finite(const Pool& pool, const std::vector<MatrixView>& matrices) {
+  constexpr int64_t kBlockElements = 1 << 18;
+  const IsaKernels& k = kernels();
+  struct Piece {
+    int64_t matrix, begin, end;
+  };
+  std::vector<Piece> pieces;
+  for (size_t i = 0; i < matrices.size(); ++i) {
+    const MatrixView& m = matrices[i];
+    const int64_t rows = std::max<int64_t>(1, kBlockElements / std::max<int64_t>(1, m.r));
+    for (int64_t b = 0; b < m.n; b += rows) pieces.push_back({static_cast<int64_t>(i), b, std::min(m.n, b + rows)});
+  }
+  std::vector<char> finite_piece(pieces.size(), 1);
+  run_queue(pool, static_cast<int64_t>(pieces.size()), [&](int64_t t) {
+    const Piece& p = pieces[t];
+    finite_piece[t] = k.all_finite(matrices[p.matrix], p.begin, p.end);
+  });
+  std::vector<char> finite(matrices.size(), 1);
+  for (size_t t = 0; t < pieces.size(); ++t)
+    if (!finite_piece[t]) finite[pieces[t].matrix] = 0;
+  return finite;
+}
+
+std::vector<Outcome> riemannian_gradient(const Pool& pool, const std::vector<GradientJob>& jobs) {
+  const IsaKernels& k = kernels();
+  std::vector<Outcome> outcomes(jobs.size());
+  std::vector<MatrixView> matrices;
+  for (const GradientJob& job : jobs) matrices.push_back(job.gradient);
+  for (const GradientJob& job : jobs) matrices.push_back(job.factor);
+  const std::vector<char> finite = all_finite(pool, matrices);
+  bool all = true;
+  for (size_t i = 0; i < jobs.size(); ++i)
+    if (!finite[i] || !finite[jobs.size() + i]) {
+      outcomes[i].status = Status::non_finite;
+      all = false;
+    }
+  if (!all) return outcomes;
+
+  matrices.resize(jobs.size());
+  const Division division = divide(pool, matrices, true);
+  for (const int64_t i : division.shared) {
+    const GradientJob& job = jobs[i];
+    const int64_t n = job.gradient.n, r = job.gradient.r, block = k.plan(n, r, job.gradient.storage, true).block_rows;
+    std::vector<double> gram(r * r);
+    gram_of_blocks(pool, n, block, r * r, gram.data(),
+                   [&](int64_t b, int64_t e, double* out) { k.gradient_gram(job, b, e, out); });
+    run_queue(pool, blocks_of(n, block), [&](int64_t b) {
+      k.gradient_update(job, b * block, std::min(n, (b + 1) * block), gram.data());
+    });
+  }
+  run_queue(pool, static_cast<int64_t>(division.whole.size()),
+            [&](int64_t t) { k.gradient(jobs[division.whole[t]]); });
+  return outcomes;
+}
+
+}  // namespace stella

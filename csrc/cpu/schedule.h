@@ -1,0 +1,31 @@
+// Which thread does which matrix: whole matrices from a queue, and the rows of the largest ones shared between threads.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "kernels.h"
+
+namespace stella {
+
+// Runs body(i) for i in [0, count) on any thread, and returns when all are done.
+using ParallelFor = std::function<void(int64_t count, const std::function<void(int64_t)>& body)>;
+
+struct Pool {
+  int64_t threads;
+  ParallelFor parallel_for;
+};
+
+std::vector<Outcome> polar(const Pool& pool, const std::vector<PolarJob>& jobs, Method method);
+
+// A factor with a non-finite value is left as it was found, and its outcome says so.
+std::vector<Outcome> project_retract(const Pool& pool, const std::vector<RetractJob>& jobs, Method method);
+
+// Nothing at all is written when any gradient or factor holds a non-finite value.
+std::vector<Outcome> riemannian_gradient(const Pool& pool, const std::vector<GradientJob>& jobs);
+
+// Whether each matrix holds finite values only.
+std::vector<char> all_finite(const Pool& pool, const std::vector<MatrixView>& matrices);
+
+}  // namespace stella

@@ -1,0 +1,116 @@
+"""Hands the build of csrc/ to CMakeLists.txt; everything else is in pyproject.toml.
+
+``STELLA_KERNELS_BUILD`` chooses what is built: ``auto`` (default: what can be built, saying loudly what was skipped),
+``none`` (pure Python), ``cpu`` or ``cuda`` (fails when it cannot be built).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Distribution, Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+MODES = ("auto", "none", "cpu", "cuda")
+MODE = os.environ.get("STELLA_KERNELS_BUILD", "auto")
+OLDEST_TORCH = (2, 10)  # the first whose stable ABI has parallel_for
+
+
+def missing_for_cpu() -> list[str]:
+    """What the CPU library needs and does not find, each with what to do."""
+    missing = []
+    try:
+        import torch
+    except ImportError:
+        missing.append(
+            "torch is not installed in the environment of this build. Install torch first and build beside it: "
+            "pip install --no-build-isolation ."
+        )
+    else:
+        if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+            missing.append(f"torch {torch.__version__} is older than {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}; upgrade torch.")
+    try:
+        import pybind11  # noqa: F401
+    except ImportError:
+        missing.append("pybind11 is not installed: pip install pybind11")
+    if shutil.which("cmake") is None:
+        missing.append("cmake is not on the PATH: pip install cmake")
+    if shutil.which("ninja") is None:
+        missing.append("ninja is not on the PATH: pip install ninja")
+    if not any(shutil.which(c) for c in (os.environ.get("CXX", "").split(" ")[0], "c++", "g++", "clang++") if c):
+        missing.append("no C++ compiler was found: install g++ or clang++, or set CXX.")
+    return missing
+
+
+class CMakeBuild(build_ext):
+    """Builds the CPU library, and puts it where the package looks for it."""
+
+    def run(self) -> None:
+        missing = missing_for_cpu()
+        if missing and MODE == "cpu":
+            sys.exit("stella_kernels: STELLA_KERNELS_BUILD=cpu cannot be done:\n  - " + "\n  - ".join(missing))
+        if missing:
+            report_skipped("the CPU library", missing)
+            return
+        try:
+            self.build()
+        except subprocess.CalledProcessError as error:
+            if MODE == "cpu":
+                sys.exit(f"stella_kernels: STELLA_KERNELS_BUILD=cpu failed: {error}. The compiler's messages are above.")
+            report_skipped("the CPU library", [f"its build failed: {error}. The compiler's messages are above."])
+
+    def build(self) -> None:
+        import pybind11
+        import torch
+
+        package = ROOT / "stella_kernels" if self.inplace else Path(self.build_lib).resolve() / "stella_kernels"
+        package.mkdir(parents=True, exist_ok=True)
+        folder = Path(self.build_temp).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DSTELLA_KERNELS_TORCH={Path(torch.__file__).parent}",
+            f"-DSTELLA_KERNELS_TORCH_VERSION={torch.__version__}",
+            f"-DSTELLA_KERNELS_OUTPUT={package}",
+        ]  # fmt: skip
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(folder)], check=True)
+
+    def get_source_files(self) -> list[str]:
+        return []
+
+    def get_outputs(self) -> list[str]:
+        package = Path(self.build_lib) / "stella_kernels"
+        return [str(path) for path in package.glob("*.so")]
+
+
+class BinaryDistribution(Distribution):
+    """A wheel with libraries in it is tagged for its platform."""
+
+    def has_ext_modules(self) -> bool:
+        return MODE != "none"
+
+
+def report_skipped(what: str, reasons: list[str]) -> None:
+    lines = [f"stella_kernels: {what} is NOT built; the pure-PyTorch reference will serve instead.", *reasons]
+    bar = "!" * 80
+    print("\n".join([bar, *lines, bar]), file=sys.stderr, flush=True)
+
+
+if MODE not in MODES:
+    sys.exit(f"stella_kernels: STELLA_KERNELS_BUILD: found {MODE!r}, wanted one of {', '.join(MODES)}.")
+if MODE == "cuda":
+    sys.exit("stella_kernels: STELLA_KERNELS_BUILD=cuda: this release has no CUDA library; use 'auto' or 'cpu'.")
+
+setup(
+    cmdclass={"build_ext": CMakeBuild},
+    distclass=BinaryDistribution,
+    ext_modules=[] if MODE == "none" else [Extension("stella_kernels._cpu", sources=[])],
+)

@@ -1,0 +1,83 @@
+"""Which backends are there on this machine, which one serves each operator, and why another does not.
+
+``STELLA_KERNELS_BACKEND`` chooses: ``auto`` (default: the native library where it was built, else the reference),
+``reference`` (pure PyTorch everywhere) or ``cpu`` (the native CPU library, or an error that says why it cannot serve).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from .checks import BackendUnavailableError
+
+CHOICES = ("auto", "reference", "cpu")
+NATIVE_OPERATORS = ("polar", "riemannian_gradient_", "project_retract_")
+
+_LIBRARY = Path(__file__).parent / "_cpu.so"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One backend: whether it serves, and if not, why not and what to do."""
+
+    name: str
+    available: bool
+    why_not: str = ""
+
+
+def requested() -> str:
+    """The backend that ``STELLA_KERNELS_BACKEND`` asks for."""
+    choice = os.environ.get("STELLA_KERNELS_BACKEND", "auto") or "auto"
+    if choice not in CHOICES:
+        raise ValueError(f"STELLA_KERNELS_BACKEND: found {choice!r}, wanted one of {', '.join(map(repr, CHOICES))}.")
+    return choice
+
+
+def _load_cpu_library() -> Backend:
+    choice = requested()
+    if choice == "reference":
+        return Backend("cpu", False, "STELLA_KERNELS_BACKEND=reference asks for the reference")
+    if not _LIBRARY.exists():
+        backend = Backend(
+            "cpu",
+            False,
+            "the native library was not built; install a C++ compiler, cmake, ninja and pybind11, then run "
+            "STELLA_KERNELS_BUILD=cpu pip install --no-build-isolation . to see what is missing",
+        )
+    else:
+        try:
+            torch.ops.load_library(str(_LIBRARY))
+            backend = Backend("cpu", True)
+        except OSError as error:
+            backend = Backend("cpu", False, f"the native library does not load beside torch {torch.__version__}: {error}")
+    if choice == "cpu" and not backend.available:
+        raise BackendUnavailableError(f"STELLA_KERNELS_BACKEND=cpu: {backend.why_not}.")
+    return backend
+
+
+_cpu = _load_cpu_library()
+
+
+def backends() -> list[Backend]:
+    """Every backend this release knows, best first."""
+    return [_cpu, Backend("reference", True)]
+
+
+def serving(operator: str, device: str = "cpu") -> str:
+    """Name of the backend that serves ``operator`` (a name of ``torch.ops.stella_kernels``) on ``device``."""
+    native = device == "cpu" and _cpu.available and operator in NATIVE_OPERATORS
+    return "cpu" if native else "reference"
+
+
+def build_info() -> ModuleType | None:
+    """The pybind11 module with build information and plans, or None where nothing native was built."""
+    try:
+        return importlib.import_module("stella_kernels._build_info")
+    except ImportError:
+        return None
