@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from . import backends as backends  # loads the native library, which registers itself
 from .reference import adapter, philox, stiefel
 
 STATUS_OK = 0
