@@ -18,27 +18,27 @@ from . import ops as _ops  # noqa: F401  (defines the operators)
 
 _kernels = torch.ops.stella_kernels
 
+_Gradients = tuple[Tensor | None, ...]
+
 _TWICE = (
     "stella_kernels: a second derivative was asked for; the adapter and the polar factor are differentiable once. "
     "Detach the first gradient, or write the formula in plain torch (stella_kernels.reference) where it is needed."
 )
 
 
-def _differentiable_once(
-    backward: Callable[..., tuple[Tensor | None, ...]],
-) -> Callable[..., tuple[Tensor | None, ...]]:
+def _differentiable_once(backward: Callable[..., _Gradients]) -> Callable[..., _Gradients]:
     """``backward`` whose results raise RuntimeError when they are differentiated in turn.
 
-    torch's own once_differentiable lets them pass as constants, silently, where the incoming gradient needs no gradient.
+    torch's own once_differentiable lets them pass as constants, silently, where the incoming gradient needs none.
     """
 
     @functools.wraps(backward)
-    def wrapper(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def wrapper(ctx: Any, *grads: Tensor | None) -> _Gradients:
         with torch.no_grad():
             results = backward(ctx, *grads)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # enabled in backward by create_graph=True
             return results
-        raiser = torch._C._functions.DelayedError(_TWICE, len(results))  # type: ignore[attr-defined]
+        raiser: Any = torch._C._functions.DelayedError(_TWICE, len(results))
         return raiser(*(None if g is None else g.detach().requires_grad_() for g in results))
 
     return wrapper
@@ -86,7 +86,7 @@ class StellaLinearFunction(torch.autograd.Function):
 
     @staticmethod
     @_differentiable_once
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor) -> _Gradients:
         x, W, A, U, S, Vt, seed = ctx.saved_tensors
         need_x, need_W, need_b, *need_factors = ctx.needs_input_grad[:6]
         rows = x.reshape(-1, x.shape[-1])  # (T, n)
@@ -131,7 +131,7 @@ class StellaAdapterFunction(torch.autograd.Function):
 
     @staticmethod
     @_differentiable_once
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor) -> _Gradients:
         x, A, U, S, Vt, seed = ctx.saved_tensors
         need_y, need_x, *need_factors = ctx.needs_input_grad[:5]
         rows = x.reshape(-1, x.shape[-1])  # (T, n)

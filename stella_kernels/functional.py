@@ -6,6 +6,7 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .autograd import StellaAdapterFunction, StellaLinearFunction
 from .checks import METHODS, check_choice, check_float_tensor, check_tall
@@ -202,6 +203,8 @@ def polar(M: Tensor, method: str = "auto", return_info: bool = False) -> Tensor 
     check_float_tensor("M", M)
     check_tall("M", M)
     check_choice("method", method, METHODS)
+    if forward_ad.unpack_dual(M).tangent is not None:  # torch would return a zero tangent for an operator, silently
+        raise NotImplementedError("polar: forward-mode differentiation is not implemented; use reverse mode.")
     if M.numel() == 0:
         matrices = 1
         for size in M.shape[:-2]:

@@ -19,7 +19,7 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _WORDS = 4
-_CHUNK = 1 << 16  # blocks at a time: the int64 temporaries stay in cache
+_CHUNK = 1 << 13  # blocks at a time: temporaries stay in cache and below the size that is split over threads
 
 
 def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
