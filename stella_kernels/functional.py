@@ -157,8 +157,8 @@ def stella_adapter(
         (..., m) in y's dtype: y itself, outside ``torch.compile``.
 
     Raises:
-        TypeError, ValueError: as :func:`stella_linear`, and where y's shape is not x's leading dimensions and m.
-        RuntimeError: y is a leaf that requires grad (torch refuses to overwrite it).
+        TypeError, ValueError: as :func:`stella_linear`; where y's shape is not x's leading dimensions and m; where y is
+            a leaf that requires grad, which may not be overwritten.
     """
     _check_adapter(x, U, S, Vt, scale, dropout_p)
     check_float_tensor("y", y)
@@ -166,6 +166,8 @@ def stella_adapter(
     if y.shape != wanted:
         raise ValueError(f"y: found shape {_shape(y)}, wanted {wanted}: x's leading dimensions and U's rows.")
     _check_same_device(x.device, {"y": y})
+    if y.requires_grad and y.is_leaf and torch.is_grad_enabled():
+        raise ValueError("y: found a leaf that requires grad, wanted the output of a layer; pass y.clone().")
     p, seed = _dropout(x, dropout_p, training)
     return StellaAdapterFunction.apply(y, x, U, S, Vt, float(scale), p, seed)
 

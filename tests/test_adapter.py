@@ -1,0 +1,642 @@
+"""The adapter: equations, operators and autograd functions against the float64 reference."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from stella_kernels import stella_adapter, stella_linear
+from stella_kernels.reference import adapter, philox
+
+KERNELS = torch.ops.stella_kernels
+SCALE = 1.5
+
+
+class Case(NamedTuple):
+    lead: tuple[int, ...]
+    m: int
+    n: int
+    r: int
+    diagonal: bool = False
+    bias: bool = True
+
+
+CASES = [
+    Case((37,), 53, 29, 5),
+    Case((3, 7), 19, 41, 4, bias=False),
+    Case((2, 3, 5), 17, 17, 17, diagonal=True),
+    Case((11,), 9, 13, 1),
+    Case((11,), 9, 13, 1, diagonal=True, bias=False),
+    Case((), 23, 31, 3),
+    Case((0,), 7, 6, 2),
+    Case((2, 0, 3), 7, 6, 2, diagonal=True),
+]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+class Layer(NamedTuple):
+    x: Tensor
+    W: Tensor
+    b: Tensor | None
+    U: Tensor
+    S: Tensor
+    Vt: Tensor
+
+
+def orthonormal(n: int, r: int, dtype: torch.dtype) -> Tensor:
+    return torch.linalg.qr(torch.randn(n, r, dtype=torch.float64))[0].to(dtype)
+
+
+def make(case: Case, dtype: torch.dtype, requires_grad: bool = True, base_grad: bool = False) -> Layer:
+    """U and V orthonormal, S with singular values in [1, 2]: the adapter is as large as the base, cond(S) <= 2."""
+    m, n, r = case.m, case.n, case.r
+    factor = torch.float64 if dtype == torch.float64 else torch.float32
+    values = torch.rand(r, dtype=torch.float64) + 1
+    S = values if case.diagonal else orthonormal(r, r, torch.float64) * values @ orthonormal(r, r, torch.float64)
+    layer = Layer(
+        torch.randn(*case.lead, n).to(dtype),
+        (torch.randn(m, n) / math.sqrt(n)).to(dtype),
+        torch.randn(m).to(dtype) if case.bias else None,
+        orthonormal(m, r, factor),
+        S.to(factor),
+        orthonormal(n, r, factor).mT.contiguous(),
+    )
+    for name, value in layer._asdict().items():
+        if value is not None:
+            value.requires_grad_(requires_grad if name in ("x", "U", "S", "Vt") else base_grad)
+    return layer
+
+
+def reference(layer: Layer, grad_y: Tensor, p: float = 0.0, seed: Tensor | None = None) -> tuple[Tensor, ...]:
+    """y and the gradients of x, W, b, U, S, Vt in float64."""
+    x, W, U, S, Vt = (t.detach().double() for t in (layer.x, layer.W, layer.U, layer.S, layer.Vt))
+    b = torch.zeros(W.shape[0], dtype=torch.float64) if layer.b is None else layer.b.detach().double()
+    rows, grad = x.reshape(-1, x.shape[-1]), grad_y.double().reshape(-1, W.shape[0])
+    delta, _ = adapter.adapter_forward(rows, U, S, Vt, SCALE, p, seed)
+    y = (rows @ W.mT + b + delta).reshape(grad_y.shape)
+    grads = adapter.adapter_backward(grad, rows, U, S, Vt, SCALE, p, seed)
+    grad_x = (grad @ W + grads.x).reshape(x.shape)
+    return y, grad_x, grad.mT @ rows, grad.sum(0), grads.U, grads.S, grads.Vt
+
+
+def tolerance(dtype: torch.dtype, length: int) -> float:
+    """Relative Frobenius error of three products in ``dtype``, each accumulated over at most ``length`` terms.
+
+    Stored values (three cast factors, A or Q, P or K, the base's result, the sum) are rounded seven times, u = eps/2
+    each, amplified by cond(S) <= 2. An accumulated sum adds at most ``length`` u of its arithmetic's dtype times
+    |a|ᵀ|b|, which exceeds the norm of a random product by at most sqrt(length); three products.
+    """
+    arithmetic = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    accumulated = 3 * length * math.sqrt(length) * torch.finfo(arithmetic).eps / 2
+    return 2 * 7 * torch.finfo(dtype).eps / 2 + accumulated
+
+
+def assert_close(name: str, found: Tensor, wanted: Tensor, bound: float, size: float | None = None) -> None:
+    assert found.shape == wanted.shape, name
+    error = float((found.double() - wanted).norm())
+    size = float(wanted.norm()) if size is None else size
+    assert error <= bound * size, f"{name}: error {error:.2e} of {size:.2e} is above {bound:.2e}"
+
+
+def check(
+    run: Callable[[Layer], Tensor], layer: Layer, p: float = 0.0, seed: Tensor | None = None, bound: float | None = None
+) -> None:
+    """``run``'s result and every gradient that is asked for, against the reference."""
+    y = run(layer)
+    grad_y = torch.randn_like(y)
+    asked = {name: t for name, t in layer._asdict().items() if t is not None and t.requires_grad}
+    grads = dict(zip(asked, torch.autograd.grad(y, list(asked.values()), grad_y), strict=True))
+    wanted = reference(layer, grad_y, p, seed)
+    if bound is None:
+        bound = tolerance(y.dtype, max(*layer.W.shape, y.numel() // y.shape[-1]))
+    assert_close("y", y, wanted[0], bound)
+    # ∂S = Qᵀ A is r x r sums over T, which may cancel: its error is relative to ‖Q‖ ‖A‖
+    Q = SCALE * grad_y.double().reshape(-1, layer.U.shape[0]) @ layer.U.detach().double()
+    rows = adapter.dropped(layer.x.detach().double().reshape(-1, layer.x.shape[-1]), p, seed)
+    size_S = float(Q.norm() * (rows @ layer.Vt.detach().double().mT).norm())
+    for name, value in zip(Layer._fields, wanted[1:], strict=True):
+        if name in asked:
+            assert grads[name].dtype == asked[name].dtype, name
+            assert_close(name, grads[name], value, bound, size_S if name == "S" else None)
+
+
+def run_linear(layer: Layer) -> Tensor:
+    return stella_linear(*layer, SCALE)
+
+
+def run_adapter(layer: Layer) -> Tensor:
+    x, W, b, U, S, Vt = layer
+    return stella_adapter(torch.nn.functional.linear(x, W, b), x, U, S, Vt, SCALE)
+
+
+def seed_of_next_call() -> Tensor:
+    """The seed that the next dropout will draw, leaving the generator as it was."""
+    state = torch.get_rng_state()
+    seed = torch.randint(2**63 - 1, (), dtype=torch.int64)
+    torch.set_rng_state(state)
+    return seed
+
+
+# The reference itself
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_reference_gradients_are_those_of_the_forward_formula(diagonal: bool, p: float) -> None:
+    layer = make(Case((13,), 11, 9, 3, diagonal), torch.float64)
+    seed = torch.tensor(77)
+    x, U, S, Vt = layer.x, layer.U, layer.S, layer.Vt
+    core = S.diag() if diagonal else S
+    kept = philox.dropout_mask(x.shape, p, seed).double() / (1 - p) if p else torch.ones_like(x)
+    y = SCALE * (U @ core @ Vt @ (x * kept).mT).mT
+    grad_y = torch.randn_like(y)
+    delta, _ = adapter.adapter_forward(x, U, S, Vt, SCALE, p, seed)
+    found = adapter.adapter_backward(grad_y, x, U, S, Vt, SCALE, p, seed)
+    bound = tolerance(torch.float64, 13)
+    assert_close("y", delta, y, bound)
+    for name, gradient, wanted in zip(found._fields, found, torch.autograd.grad(y, (x, U, S, Vt), grad_y), strict=True):
+        assert_close(name, gradient, wanted, bound)
+
+
+def test_reference_dropout_without_a_seed_is_an_error() -> None:
+    with pytest.raises(ValueError, match="seed"):
+        adapter.dropped(torch.randn(2, 2), 0.5, None)
+
+
+# Philox
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [  # Random123's known answers for philox4x32-10
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, ...], words: tuple[int, ...]) -> None:
+    tensors = [torch.tensor([c]) for c in counter]
+    found = philox.philox_4x32((tensors[0], tensors[1], tensors[2], tensors[3]), tuple(torch.tensor(k) for k in key))
+    assert tuple(int(w) for w in found) == words
+
+
+def test_mask_follows_the_documented_layout() -> None:
+    seed = torch.tensor(-(2**62) + 12345)  # a negative seed uses all 64 bits
+    shape, p = (3, 4 * philox._CHUNK // 3 + 5), 0.3  # crosses a chunk, and ends inside a block
+    mask = philox.dropout_mask(shape, p, seed).flatten()
+    key = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
+    for i in (0, 1, 2, 3, 4, 4 * philox._CHUNK - 1, 4 * philox._CHUNK, mask.numel() - 1):
+        zero = torch.zeros((), dtype=torch.int64)
+        words = philox.philox_4x32((torch.tensor(i // 4), zero, zero, zero), key)
+        assert bool(mask[i]) == (int(words[i % 4]) >= round(p * 2**32)), i
+
+
+def test_block_counter_uses_its_high_half() -> None:
+    seed = torch.tensor(3)
+    start = 2**32 - 1
+    first, second = philox.random_words(start, 2, seed)
+    zero, one = torch.tensor(0), torch.tensor(1)
+    key = (seed, zero)
+    assert first.tolist() == [int(w) for w in philox.philox_4x32((torch.tensor(start), zero, zero, zero), key)]
+    assert second.tolist() == [int(w) for w in philox.philox_4x32((zero, one, zero, zero), key)]
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+def test_keep_rate(p: float) -> None:
+    count = 200_000
+    seed = torch.randint(2**63 - 1, ())
+    kept = int(philox.dropout_mask((count,), p, seed).sum())
+    # binomial: standard deviation sqrt(count p (1 - p)); beyond six of them once in 5e8 seeds
+    assert abs(kept - count * (1 - p)) <= 6 * math.sqrt(count * p * (1 - p))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_scales_what_it_keeps_and_zeroes_the_rest(dtype: torch.dtype) -> None:
+    x, seed, p = torch.randn(7, 13).to(dtype), torch.tensor(5), 0.25
+    x[3] = torch.nan  # a dropped NaN is gone
+    found = KERNELS.philox_dropout(x, p, seed)
+    kept = philox.dropout_mask(x.shape, p, seed)
+    assert found.dtype == dtype
+    assert torch.equal(found[~kept], torch.zeros_like(found[~kept]))
+    wide = x.double() / (1 - p)
+    # the reciprocal and the product round once each, in float32 at least, and the store once
+    bound = 3 * torch.finfo(dtype).eps / 2 * wide.abs()
+    clean = kept & ~x.isnan()
+    assert bool(((found.double() - wide).abs() <= bound)[clean].all())
+    assert bool(found[kept & x.isnan()].isnan().all())
+
+
+def test_dropout_of_zero_and_one() -> None:
+    x, seed = torch.randn(5, 3), torch.tensor(1)
+    assert torch.equal(KERNELS.philox_dropout(x, 0.0, seed), x)
+    assert torch.equal(KERNELS.philox_dropout(x, 1.0, seed), torch.zeros_like(x))
+    assert KERNELS.philox_dropout(x[:0], 0.5, seed).shape == (0, 3)
+
+
+# Forward and backward
+
+
+@pytest.mark.parametrize("run", [run_linear, run_adapter])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_against_reference(case: Case, dtype: torch.dtype, run: Callable[[Layer], Tensor]) -> None:
+    check(run, make(case, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES[:3])
+def test_gradients_of_the_base(case: Case, dtype: torch.dtype) -> None:
+    check(run_linear, make(case, dtype, base_grad=True))
+
+
+@pytest.mark.parametrize("run", [run_linear, run_adapter])
+def test_only_what_needs_a_gradient(run: Callable[[Layer], Tensor]) -> None:
+    names = ("x", "U", "S", "Vt")
+    for wanted in itertools.product([False, True], repeat=4):
+        if not any(wanted):
+            continue
+        layer = make(Case((6,), 7, 5, 2), torch.float32)
+        for name, needed in zip(names, wanted, strict=True):
+            getattr(layer, name).requires_grad_(needed)
+        run(layer).sum().backward()
+        assert [getattr(layer, name).grad is not None for name in names] == list(wanted)
+        assert layer.W.grad is None
+        check(run, layer)
+
+
+@pytest.mark.parametrize("run", [run_linear, run_adapter])
+def test_non_contiguous_input_and_factors(run: Callable[[Layer], Tensor]) -> None:
+    layer = make(Case((4, 6), 9, 11, 3), torch.float32)
+    strided = [
+        torch.empty(6, 11, 4).permute(2, 0, 1).copy_(layer.x.detach()),
+        layer.W,
+        layer.b,
+        layer.U.detach().mT.contiguous().mT,
+        layer.S.detach().mT.contiguous().mT,
+        layer.Vt.detach().mT.contiguous().mT,
+    ]
+    for i in (0, 3, 4, 5):
+        assert not strided[i].is_contiguous()
+        strided[i].requires_grad_()
+    check(run, Layer(*strided))
+
+
+def test_non_contiguous_base_output() -> None:
+    layer = make(Case((4, 6), 9, 11, 3), torch.float32)
+
+    def run(layer: Layer) -> Tensor:
+        x, W, b, U, S, Vt = layer
+        y = (x @ W.mT + b).permute(2, 0, 1).contiguous().permute(1, 2, 0)
+        assert not y.is_contiguous()
+        return stella_adapter(y, x, U, S, Vt, SCALE)
+
+    check(run, layer)
+
+
+def test_base_output_that_is_a_view() -> None:
+    """Conv1D-like bases return a view of a flat product."""
+    layer = make(Case((4, 6), 9, 11, 3), torch.float32)
+
+    def run(layer: Layer) -> Tensor:
+        x, W, b, U, S, Vt = layer
+        return stella_adapter(torch.addmm(b, x.reshape(-1, 11), W.mT).view(4, 6, 9), x, U, S, Vt, SCALE)
+
+    check(run, layer)
+
+
+def test_adapter_accumulates_in_place() -> None:
+    layer = make(Case((4, 6), 9, 11, 3), torch.float32, requires_grad=False)
+    y = torch.randn(4, 6, 9)
+    before = y.clone()
+    result = stella_adapter(y, layer.x, layer.U, layer.S, layer.Vt, SCALE)
+    assert result is y
+    assert not torch.equal(y, before)
+
+
+def test_operators_ignore_what_their_buffers_held() -> None:
+    """With beta = 0 a poisoned grad_x is overwritten, not multiplied by zero."""
+    layer = make(Case((5,), 7, 6, 2), torch.float64, requires_grad=False)
+    x, _, _, U, S, Vt = layer
+    grad_y = torch.randn(5, 7, dtype=torch.float64)
+    for p, seed in ((0.0, None), (0.5, torch.tensor(9))):
+        A = KERNELS.adapter_forward_(torch.full((5, 7), torch.nan, dtype=torch.float64), x, U, S, Vt, SCALE, p, seed)
+        wanted = adapter.adapter_backward(grad_y, x, U, S, Vt, SCALE, p, seed)
+        needed = [True] * 3
+        poisoned = torch.full_like(x, torch.nan)
+        grads = KERNELS.adapter_backward_(poisoned, 0.0, grad_y, x, A, U, S, Vt, SCALE, p, seed, needed)
+        ones = torch.ones_like(x)
+        KERNELS.adapter_backward_(ones, 2.0, grad_y, x, A, U, S, Vt, SCALE, p, seed, needed)
+        bound = tolerance(torch.float64, 7)
+        for name, found, value in zip(wanted._fields, (poisoned, *grads), wanted, strict=True):
+            assert_close(name, found, value, bound)
+        assert_close("accumulated", ones, 2 + wanted.x, bound)
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_gradcheck(diagonal: bool, bias: bool) -> None:
+    layer = make(Case((2, 3), 5, 4, 2, diagonal, bias), torch.float64, base_grad=True)
+    tensors = [t for t in layer if t is not None]
+
+    def linear(*args: Tensor) -> Tensor:
+        full = args if bias else (*args[:2], None, *args[2:])
+        return stella_linear(*full, SCALE)
+
+    def onto(y: Tensor, x: Tensor, U: Tensor, S: Tensor, Vt: Tensor) -> Tensor:
+        return stella_adapter(y * 1.0, x, U, S, Vt, SCALE)
+
+    assert torch.autograd.gradcheck(linear, tensors)
+    y = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(onto, (y, layer.x, layer.U, layer.S, layer.Vt))
+
+
+# Dropout
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+def test_dropout_uses_one_mask_forward_and_backward(p: float, dtype: torch.dtype) -> None:
+    layer = make(Case((3, 17), 19, 23, 4), dtype)
+    seed = seed_of_next_call()
+    rows, longest = 51, 51
+    # the kept elements are scaled by 1/(1 - p) and rounded once more; a wrong mask changes half of A and is far outside
+    bound = tolerance(dtype, longest) + 2 * torch.finfo(dtype).eps
+    assert layer.x.numel() == rows * 23
+    check(lambda t: stella_linear(*t, SCALE, p), layer, p, seed, bound)
+
+
+def test_dropout_is_off_in_evaluation_and_draws_nothing() -> None:
+    layer = make(CASES[0], torch.float32)
+    state = torch.get_rng_state()
+    plain = stella_linear(*layer, SCALE)
+    assert torch.equal(stella_linear(*layer, SCALE, 0.5, False), plain)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(stella_linear(*layer, SCALE, 0.5, True), plain)
+    assert not torch.equal(torch.get_rng_state(), state)
+
+
+def test_dropout_repeats_under_manual_seed_whatever_the_threads() -> None:
+    layer = make(Case((300,), 33, 257, 4), torch.float32)
+    threads = torch.get_num_threads()
+    masks = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            masks.append(KERNELS.philox_dropout(layer.x.detach(), 0.3, torch.tensor(4)))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*masks)
+    results = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        results.append(stella_linear(*layer, SCALE, 0.3))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("opaque", [False, True])
+def test_checkpoint_is_bitwise_plain_with_dropout(use_reentrant: bool, opaque: bool) -> None:
+    layer = make(Case((5, 9), 19, 23, 4), torch.float32)
+    grad_y = torch.randn(5, 9, 19)
+
+    def body(x: Tensor) -> Tensor:
+        _, W, b, U, S, Vt = layer
+        if opaque:
+            return stella_adapter(torch.nn.functional.linear(x, W, b), x, U, S, Vt, SCALE, 0.3)
+        return stella_linear(x, W, b, U, S, Vt, SCALE, 0.3)
+
+    results = []
+    for run in (body, lambda x: checkpoint(body, x, use_reentrant=use_reentrant)):
+        for t in (layer.x, layer.U, layer.S, layer.Vt):
+            t.grad = None
+        torch.manual_seed(8)
+        y = run(layer.x)
+        y.backward(grad_y)
+        results.append([y, *(t.grad for t in (layer.x, layer.U, layer.S, layer.Vt))])
+    for plain, recomputed in zip(*results, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+# What is saved
+
+
+@pytest.mark.parametrize("run", [run_linear, run_adapter])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_for_backward(run: Callable[..., Tensor], p: float, dtype: torch.dtype) -> None:
+    """Beyond what is alive already: A, (T, r), and the seed."""
+    rows, m, n, r = 24, 50, 40, 3
+    x, W, b, U, S, Vt = make(Case((4, 6), m, n, r), dtype)
+    alive = {t.untyped_storage().data_ptr() for t in (x, W, b, U, S, Vt)}
+    new: list[Tensor] = []
+
+    def pack(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in alive:
+            new.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        if run is run_linear:
+            stella_linear(x, W, b, U, S, Vt, SCALE, p)
+        else:
+            stella_adapter(torch.nn.functional.linear(x, W, b), x, U, S, Vt, SCALE, p)
+    shapes = sorted(tuple(t.shape) for t in new)
+    assert shapes == ([()] if p else []) + [(rows, r)]
+    assert next(t for t in new if t.dim() == 2).dtype == dtype
+    assert max(t.untyped_storage().nbytes() for t in new) == rows * r * dtype.itemsize
+
+
+def test_no_temporary_of_the_output_size() -> None:
+    """The forward of the adapter allocates less than one (T, m) or (T, n) tensor."""
+    rows, m, n, r = 256, 512, 384, 4
+    x, _, _, U, S, Vt = make(Case((rows,), m, n, r), torch.float32, requires_grad=False)
+    y = torch.zeros(rows, m)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        stella_adapter(y, x, U, S, Vt, SCALE)
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert 0 < largest < rows * n * 4
+
+
+# Autocast, mixed dtypes
+
+
+@pytest.mark.parametrize("run", [run_linear, run_adapter])
+def test_autocast(run: Callable[[Layer], Tensor]) -> None:
+    layer = make(Case((3, 8), 21, 34, 4), torch.float32, base_grad=run is run_linear)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = run(layer)
+    assert y.dtype == torch.bfloat16
+
+    def forward(layer: Layer) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return run(layer)
+
+    # x and W are rounded to bfloat16 as well
+    check(forward, layer, bound=tolerance(torch.bfloat16, 34) + 2 * torch.finfo(torch.bfloat16).eps)
+
+
+def test_autocast_with_a_float32_base_output() -> None:
+    """A base that leaves autocast decides: the adapter computes in the dtype of y."""
+    layer = make(Case((5,), 6, 7, 2), torch.float32, requires_grad=False)
+    y = torch.zeros(5, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stella_adapter(y, layer.x, layer.U, layer.S, layer.Vt, SCALE)
+    wanted, _ = adapter.adapter_forward(*(t.double() for t in (layer.x, layer.U, layer.S, layer.Vt)), SCALE)
+    assert_close("y", y, wanted, tolerance(torch.float32, 7))
+
+
+# The compiler, and second derivatives
+
+
+def opcheck_cases() -> list[tuple[object, tuple[object, ...]]]:
+    x, _, _, U, S, Vt = make(Case((5,), 7, 6, 2), torch.float32, requires_grad=False)
+    D = torch.rand(2)
+    seed = torch.tensor(3)
+    y, A, grad_x = torch.randn(5, 7), torch.randn(5, 2), torch.randn(5, 6)
+    forward, backward = KERNELS.adapter_forward_.default, KERNELS.adapter_backward_.default
+    return [
+        (KERNELS.philox_dropout.default, (x, 0.3, seed)),
+        (forward, (y, x, U, S, Vt, 0.5, 0.0, None)),
+        (forward, (y, x, U, D, Vt, 0.5, 0.3, seed)),
+        (backward, (grad_x, 1.0, y, x, A, U, S, Vt, 0.5, 0.3, seed, [True, True, True])),
+        (backward, (grad_x, 0.0, y, x, A, U, D, Vt, 0.5, 0.0, None, [False, True, False])),
+        (backward, (None, 0.0, y, x, A, U, D, Vt, 0.5, 0.0, None, [True, False, True])),
+    ]
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_opcheck(index: int) -> None:
+    operator, arguments = opcheck_cases()[index]
+    torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("opaque", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_equals_eager(backend: str, opaque: bool) -> None:
+    torch._dynamo.reset()
+    layer = make(Case((4, 6), 9, 11, 3), torch.float32)  # m != n shows a gradient that lands on the wrong input
+
+    def body(x: Tensor, U: Tensor, S: Tensor, Vt: Tensor) -> Tensor:
+        if opaque:
+            y = torch.nn.functional.linear(x * 1.0, layer.W, layer.b)
+            return stella_adapter(y, x, U, S, Vt, SCALE, 0.3)
+        return stella_linear(x, layer.W, layer.b, U, S, Vt, SCALE, 0.3)
+
+    inputs = (layer.x, layer.U, layer.S, layer.Vt)
+    grad_y = torch.randn(4, 6, 9)
+    results = []
+    # inductor draws other random numbers than eager torch unless told to fall back; the mask must be the same here
+    with torch._inductor.config.patch(fallback_random=True):
+        for run in (body, torch.compile(body, fullgraph=True, backend=backend)):
+            torch.manual_seed(4)
+            y = run(*inputs)
+            results.append((y, *torch.autograd.grad(y, inputs, grad_y)))
+    for name, eager, compiled in zip(("y", "x", "U", "S", "Vt"), *results, strict=True):
+        # the same operators on the same numbers; the base's product and the sum of x's two gradients may be reordered
+        assert_close(name, compiled, eager.double(), tolerance(torch.float32, 11))
+
+
+def test_compiles_once_for_any_number_of_rows() -> None:
+    torch._dynamo.reset()
+    graphs = 0
+
+    def count(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        nonlocal graphs
+        graphs += 1
+        return module.forward
+
+    layer = make(Case((4, 6), 9, 11, 3), torch.float32, requires_grad=False)
+    run = torch.compile(lambda x: stella_linear(x, *layer[1:], SCALE), fullgraph=True, backend=count, dynamic=True)
+    for rows in (3, 7, 12):
+        x = torch.randn(2, rows, 11)
+        assert_close("y", run(x), stella_linear(x, *layer[1:], SCALE).double(), tolerance(torch.float32, 11))
+    assert graphs == 1
+
+
+@pytest.mark.parametrize("run", [run_linear, run_adapter])
+def test_second_derivative_is_an_error(run: Callable[[Layer], Tensor]) -> None:
+    layer = make(Case((4,), 5, 6, 2), torch.float64)
+    (gradient,) = torch.autograd.grad(run(layer).square().sum(), layer.x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        gradient.sum().backward()
+    # also where the incoming gradient is a constant, and the first derivative depends on U and V alone
+    (gradient,) = torch.autograd.grad(run(layer).sum(), layer.x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        (gradient.sum() + layer.x.sum()).backward()
+
+
+def test_vmap_is_an_error() -> None:
+    layer = make(Case((4,), 5, 6, 2), torch.float32, requires_grad=False)
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.vmap(lambda x: stella_linear(x, *layer[1:], SCALE))(layer.x)
+
+
+# Bad input
+
+
+def replace_with(**changes: object) -> dict[str, object]:
+    layer = make(Case((4,), 5, 6, 2), torch.float32)
+    return {**layer._asdict(), "scale": 1.0, "dropout_p": 0.0, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": torch.zeros(4, 7)}, ValueError, r"x: found shape \(4, 7\), wanted \(\.\.\., 6\)"),
+        ({"x": torch.tensor(1.0)}, ValueError, "x: found shape"),
+        ({"x": torch.zeros(4, 6, dtype=torch.int64)}, TypeError, "x: found dtype torch.int64"),
+        ({"x": [1.0]}, TypeError, "x: found list"),
+        ({"x": torch.zeros(4, 6, dtype=torch.bfloat16)}, TypeError, "W: found dtype torch.float32 with x in torch.bfl"),
+        ({"W": torch.zeros(6, 5)}, ValueError, r"W: found shape \(6, 5\), wanted \(5, 6\)"),
+        ({"b": torch.zeros(6)}, ValueError, r"b: found shape \(6,\), wanted \(5,\)"),
+        ({"b": torch.zeros(5, dtype=torch.float64)}, TypeError, "b: found dtype torch.float64"),
+        ({"U": torch.zeros(5)}, ValueError, "U: found shape"),
+        ({"U": torch.zeros(5, 2, dtype=torch.int32)}, TypeError, "U: found dtype torch.int32"),
+        ({"Vt": torch.zeros(6, 2)}, ValueError, r"Vt: found shape \(6, 2\).*V\.mT"),
+        ({"U": torch.zeros(5, 7), "Vt": torch.zeros(7, 6), "S": torch.zeros(7)}, ValueError, "rank r = 7 above"),
+        ({"S": torch.zeros(3, 3)}, ValueError, r"S: found shape \(3, 3\), wanted \(2, 2\)"),
+        ({"S": torch.zeros(2, 2, device="meta")}, ValueError, "S: found on meta, wanted cpu"),
+        ({"W": torch.zeros(5, 6, device="meta")}, ValueError, "W: found on meta"),
+        ({"dropout_p": 1.5}, ValueError, r"dropout_p: found 1.5, wanted a probability"),
+        ({"dropout_p": -0.1}, ValueError, "dropout_p"),
+        ({"dropout_p": float("nan")}, ValueError, "dropout_p"),
+        ({"dropout_p": "half"}, TypeError, "dropout_p: found str"),
+        ({"scale": None}, TypeError, "scale: found NoneType"),
+    ],
+)
+def test_bad_input_to_stella_linear(changes: dict[str, object], error: type[Exception], message: str) -> None:
+    arguments = replace_with(**changes)
+    state = torch.get_rng_state()
+    with pytest.raises(error, match=message):
+        stella_linear(**arguments)  # type: ignore[arg-type]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("y", "error", "message"),
+    [
+        (torch.zeros(3, 5), ValueError, r"y: found shape \(3, 5\), wanted \(4, 5\)"),
+        (torch.zeros(4, 5, device="meta"), ValueError, "y: found on meta"),
+        (torch.zeros(4, 5, dtype=torch.int8), TypeError, "y: found dtype torch.int8"),
+        (torch.zeros(4, 5, requires_grad=True), ValueError, "y: found a leaf"),
+    ],
+)
+def test_bad_base_output(y: Tensor, error: type[Exception], message: str) -> None:
+    layer = make(Case((4,), 5, 6, 2), torch.float32)
+    before = y.detach().clone()
+    with pytest.raises(error, match=message):
+        stella_adapter(y, layer.x, layer.U, layer.S, layer.Vt, SCALE)
+    if y.device.type == "cpu":
+        assert torch.equal(y.detach(), before)
