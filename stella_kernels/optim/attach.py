@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterable, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -91,6 +93,21 @@ def attach(
     return Attachment(optimizer, factors, retraction, hidden_size, geometry, method)
 
 
+def _inside_another_step(optimizer: Optimizer) -> bool:
+    """Whether this hook was fired by ``super().step()`` within a step of the same optimizer.
+
+    torch fires the hooks for both calls, and only the outer one is the step. The call stack is asked, since a count
+    kept here would be wrong for ever after an optimizer that raised.
+    """
+    steps = 0
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "wrapper" and frame.f_globals.get("__name__") == "torch.optim.optimizer":
+            steps += frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return steps > 1
+
+
 class Attachment:
     """What ``attach`` did to an optimizer, until ``remove()``.
 
@@ -138,6 +155,8 @@ class Attachment:
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _inside_another_step(optimizer):
+            return
         self._active = None  # of a step that the optimizer did not finish
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
         if closure is not None:
@@ -166,9 +185,9 @@ class Attachment:
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        active, self._active = self._active, None
-        if active is None:
+        if self._active is None or _inside_another_step(optimizer):
             return
+        active, self._active = self._active, None
         self._follow_parameters()
         info = torch.zeros(len(self.factors), ops.INFO_COLUMNS, dtype=torch.float64)
         try:

@@ -82,6 +82,13 @@ def qr_retraction(Y: Tensor, delta: Tensor) -> Tensor:
     return Q * sign.unsqueeze(-2)
 
 
+def skew_exponential(X: Tensor) -> Tensor:
+    """Matrix exponential of real skew-symmetric matrices (..., k, k), from the Hermitian eigenproblem of ``iX``."""
+    # Not torch.linalg.matrix_exp: in float64 it is only good to 1e-11 for 1-norms of 0.02 to 0.05 (torch 2.13).
+    eigenvalues, V = torch.linalg.eigh(1j * X)  # iX = V diag(λ) Vᴴ, so X = V diag(−iλ) Vᴴ
+    return ((V * torch.exp(-1j * eigenvalues).unsqueeze(-2)) @ V.mH).real
+
+
 def exponential_map(Y: Tensor, delta: Tensor) -> Tensor:
     """End point ``Y M + Q N`` of the canonical geodesic that leaves Y with the tangent vector Δ.
 
@@ -100,7 +107,7 @@ def exponential_map(Y: Tensor, delta: Tensor) -> Tensor:
     generator[..., :r, :r] = A
     generator[..., :r, r:] = -R.mT
     generator[..., r:, :r] = R
-    MN = torch.linalg.matrix_exp(generator)[..., :r]  # (..., r + k, r)
+    MN = skew_exponential(generator)[..., :r]  # (..., r + k, r)
     return Y @ MN[..., :r, :] + Q @ MN[..., r:, :]
 
 

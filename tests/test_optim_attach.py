@@ -1,0 +1,840 @@
+"""``attach`` against the published step, with every kind of optimizer; and everything it refuses, changing nothing."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import pickle
+import weakref
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adafactor, Adam, AdamW, NAdam, Optimizer, RMSprop
+
+import stella_kernels as sk
+from stella_kernels.checks import NonFiniteError
+from stella_kernels.nn import StiefelFactor, stiefel_factors
+from stella_kernels.optim import attach
+from stella_kernels.reference import stiefel
+from stella_kernels.reference.step import PublishedStep
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+F64 = torch.float64
+HIDDEN = 12
+
+
+def orthonormal(n: int, r: int, dtype: torch.dtype = F64) -> Tensor:
+    return torch.linalg.qr(torch.randn(n, r, dtype=F64)).Q.to(dtype)
+
+
+class Adapter(nn.Module):
+    """x Vᵀ-stored, S, U-stored: one factor of either storage, and a free matrix between them."""
+
+    def __init__(self, m: int, n: int, r: int, dtype: torch.dtype = F64) -> None:
+        super().__init__()
+        self.U = nn.Parameter(orthonormal(m, r, dtype))
+        self.S = nn.Parameter(torch.eye(r, dtype=dtype))
+        self.Vt = nn.Parameter(orthonormal(n, r, dtype).mT.contiguous())
+
+    def own_stiefel_factors(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
+        yield "U", self.U, False
+        yield "Vt", self.Vt, True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.Vt.mT @ self.S.mT @ self.U.mT
+
+
+class Model(nn.Module):
+    def __init__(self, dtype: torch.dtype = F64) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(hidden_size=HIDDEN)
+        self.first, self.second = Adapter(17, 13, 4, dtype), Adapter(9, 17, 3, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+class Problem:
+    """A least-squares problem of which copies in any dtype start from the same point."""
+
+    def __init__(self, batches: int = 50) -> None:
+        self.model = Model()
+        self.batches = [(torch.randn(24, 13, dtype=F64), torch.randn(24, 9, dtype=F64)) for _ in range(batches)]
+
+    def copy(self, dtype: torch.dtype = F64) -> Model:
+        return copy.deepcopy(self.model).to(dtype)
+
+    def loss(self, model: Model, index: int) -> Tensor:
+        x, target = (t.to(model.first.S.dtype) for t in self.batches[index % len(self.batches)])
+        return (model(x) - target).square().mean() * 9
+
+    def train(self, model: Model, optimizer: Optimizer, step: Callable[[], Any], first: int, last: int) -> None:
+        for index in range(first, last):
+            optimizer.zero_grad()
+            self.loss(model, index).backward()
+            step()
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return max(float(torch.linalg.norm(a[name].double() - b[name].double())) for name in b)
+
+
+def identical(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in b)
+
+
+def published(
+    problem: Problem, build: Callable[..., Optimizer], steps: int, dtype: torch.dtype, **kwargs: Any
+) -> Model:
+    model = problem.copy(dtype)
+    optimizer = build(model.parameters())
+    stepper = PublishedStep(optimizer, stiefel_factors(model), **kwargs)
+    problem.train(model, optimizer, stepper.step, 0, steps)
+    return model
+
+
+def hooked(
+    problem: Problem, build: Callable[..., Optimizer], steps: int, dtype: torch.dtype, **kwargs: Any
+) -> tuple[Model, sk.optim.Attachment]:
+    model = problem.copy(dtype)
+    optimizer = build(model.parameters())
+    attachment = attach(optimizer, model, **kwargs)
+    problem.train(model, optimizer, optimizer.step, 0, steps)
+    return model, attachment
+
+
+def worst_error(model: nn.Module) -> float:
+    return max(float(stiefel.orthonormality_error(f.view.double())) for f in stiefel_factors(model))
+
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "adamw": lambda p: AdamW(p, lr=2e-2, weight_decay=0.0),
+    "sgd_momentum": lambda p: SGD(p, lr=5e-2, momentum=0.9),
+    "adamw_loop": lambda p: AdamW(p, lr=2e-2, weight_decay=0.0, foreach=False),
+    "adamw_foreach": lambda p: AdamW(p, lr=2e-2, weight_decay=0.0, foreach=True),
+    "adamw_fused": lambda p: AdamW(p, lr=2e-2, weight_decay=0.0, fused=True),
+    "sgd_foreach_maximize": lambda p: SGD(p, lr=1e-3, foreach=True, maximize=True),
+    "rmsprop": lambda p: RMSprop(p, lr=1e-2),
+    "adafactor": lambda p: Adafactor(p, lr=1e-2),
+    "nadam_amsgrad_free": lambda p: NAdam(p, lr=1e-2),
+    "adam_amsgrad": lambda p: Adam(p, lr=1e-2, amsgrad=True),
+}
+
+
+# --- the same trajectory as published ---
+
+
+@pytest.mark.parametrize("build", ["adamw", "sgd_momentum"])
+def test_float32_equals_the_published_step_to_roundoff(build: str) -> None:
+    """50 steps in float32: attach may stray from the float64 trajectory as the float32 reference does, not further.
+
+    Both round off each step alike, and the problem amplifies what came before alike, whatever its (unknown) condition;
+    so the reference's own float32 error measures what is allowed. 8 times it, as two draws of one random walk differ,
+    plus what 50 roundings of a factor of norm sqrt(r) = 2 make when nothing is amplified.
+    """
+    problem, steps = Problem(), 50
+    exact = published(problem, OPTIMIZERS[build], steps, F64, hidden_size=HIDDEN)
+    single = published(problem, OPTIMIZERS[build], steps, torch.float32, hidden_size=HIDDEN)
+    model, _ = hooked(problem, OPTIMIZERS[build], steps, torch.float32)
+    own = distance(values(single), values(exact))
+    floor = steps * torch.finfo(torch.float32).eps * 2
+    assert own < 1e-3  # else the comparison would say nothing
+    assert distance(values(model), values(exact)) < 8 * own + floor
+    # the last retraction alone decides the residual: sqrt(nr) products of r ≤ 4 columns of length n ≤ 17
+    assert worst_error(model) < 8 * torch.finfo(torch.float32).eps * math.sqrt(17 * 4)
+
+
+@pytest.mark.parametrize("build", sorted(OPTIMIZERS))
+def test_float64_equals_the_published_step(build: str) -> None:
+    """20 steps: 1e-10 is 1e5 roundings, room for the amplification that the float32 test measures, and no more."""
+    problem = Problem()
+    reference = published(problem, OPTIMIZERS[build], 20, F64, hidden_size=HIDDEN)
+    model, _ = hooked(problem, OPTIMIZERS[build], 20, F64)
+    assert distance(values(model), values(problem.model)) > 1e-2  # it did move
+    assert distance(values(model), values(reference)) < 1e-10
+
+
+@pytest.mark.parametrize("method", ["auto", "newton_schulz", "svd"])
+def test_every_method(method: str) -> None:
+    problem = Problem()
+    reference = published(problem, OPTIMIZERS["adamw"], 20, F64, hidden_size=HIDDEN)
+    model, _ = hooked(problem, OPTIMIZERS["adamw"], 20, F64, method=method)
+    assert distance(values(model), values(reference)) < 1e-10
+
+
+@pytest.mark.parametrize("retraction", sorted(stiefel.RETRACTIONS))
+@pytest.mark.parametrize(("grad_scaling", "hidden_size"), [(False, None), (40, 40.0), (True, HIDDEN)])
+def test_every_retraction_and_scaling(retraction: str, grad_scaling: bool | float, hidden_size: float | None) -> None:
+    problem, build = Problem(), OPTIMIZERS["sgd_momentum"]
+    reference = published(problem, build, 10, F64, hidden_size=hidden_size, retraction=retraction)
+    model, attachment = hooked(problem, build, 10, F64, grad_scaling=grad_scaling, retraction=retraction)
+    assert distance(values(model), values(reference)) < 1e-10
+    assert worst_error(model) < 1e-13
+    assert attachment.last_info is not None
+    assert attachment.last_info.shape == (4, 4)
+    assert bool((attachment.last_info[:, 0] == 0).all())
+    assert float(attachment.last_info[:, 1].max()) < 1e-13
+
+
+def test_scalings_and_retractions_differ() -> None:
+    """Else the test above could not fail."""
+    problem, build = Problem(), OPTIMIZERS["sgd_momentum"]
+    plain = values(hooked(problem, build, 3, F64, grad_scaling=False)[0])
+    for kwargs in ({"grad_scaling": 40}, {"grad_scaling": False, "retraction": "qr"}):
+        assert distance(values(hooked(problem, build, 3, F64, **kwargs)[0]), plain) > 1e-6
+
+
+def test_training_lowers_the_loss() -> None:
+    problem = Problem(batches=1)
+    model, _ = hooked(problem, OPTIMIZERS["adamw"], 60, torch.float32)
+    assert problem.loss(model, 0).item() < 0.9 * problem.loss(problem.copy(), 0).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("retraction", ["polar", "qr"])
+def test_half_precision_factors_stay_as_orthonormal_as_their_dtype_allows(retraction: str, dtype: torch.dtype) -> None:
+    """Rounding Q to the dtype, relative error at most eps/2, moves QᵀQ by at most eps sqrt(r) and a little."""
+    problem = Problem()
+    model, _ = hooked(problem, OPTIMIZERS["sgd_momentum"], 10, dtype, retraction=retraction)
+    assert distance(values(model), values(problem.model)) > 1e-2
+    assert worst_error(model) < 1.1 * torch.finfo(dtype).eps * 2
+
+
+def test_euclidean_geometry_is_the_bare_optimizer() -> None:
+    problem, build = Problem(), lambda p: AdamW(p, lr=1e-2)  # weight decay is nothing to refuse here
+    bare = problem.copy()
+    optimizer = build(bare.parameters())
+    problem.train(bare, optimizer, optimizer.step, 0, 5)
+    model, attachment = hooked(problem, build, 5, F64, geometry="euclidean")
+    assert identical(values(model), values(bare))
+    reference = published(problem, build, 5, F64, geometry="euclidean")
+    assert identical(values(model), values(reference))
+    attachment.remove()
+
+
+def test_gradient_accumulation_equals_the_whole_batch() -> None:
+    problem = Problem()
+    whole, parts = problem.copy(), problem.copy()
+    for model, pieces in ((whole, 1), (parts, 3)):
+        optimizer = OPTIMIZERS["sgd_momentum"](model.parameters())
+        attach(optimizer, model)
+        for x, target in problem.batches[:5]:
+            optimizer.zero_grad()
+            for xs, ts in zip(x.chunk(pieces), target.chunk(pieces), strict=True):
+                ((model(xs) - ts).square().mean() / pieces).backward()
+            optimizer.step()
+    assert distance(values(parts), values(whole)) < 1e-12  # sums in another order, five steps
+
+
+def test_scheduler_and_several_groups() -> None:
+    problem = Problem()
+
+    def build(model: Model) -> Optimizer:
+        constrained = [f.parameter for f in stiefel_factors(model)]
+        return AdamW(
+            [
+                {"params": [model.first.S, model.second.S], "weight_decay": 0.1},
+                {"params": constrained[:1], "lr": 5e-3, "weight_decay": 0.0},
+                {"params": constrained[1:], "weight_decay": torch.tensor(0.0)},
+            ],
+            lr=1e-2,
+        )
+
+    models = problem.copy(), problem.copy()
+    optimizers = [build(m) for m in models]
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.8) for o in optimizers]
+    stepper = PublishedStep(optimizers[1], stiefel_factors(models[1]), hidden_size=HIDDEN)
+    attach(optimizers[0], models[0])
+    for index in range(6):
+        for model, optimizer, step in zip(models, optimizers, (optimizers[0].step, stepper.step), strict=True):
+            problem.train(model, optimizer, step, index, index + 1)
+        for scheduler in schedulers:
+            scheduler.step()
+    assert distance(values(models[0]), values(models[1])) < 1e-11
+
+
+def test_state_dict_round_trip() -> None:
+    """Saved after 5 steps and rebuilt, training goes on as if nothing had happened, and hooks leave no trace in it."""
+    problem, build = Problem(), OPTIMIZERS["adamw"]
+    model = problem.copy()
+    optimizer = build(model.parameters())
+    attach(optimizer, model)
+    problem.train(model, optimizer, optimizer.step, 0, 5)
+    bare = build(problem.copy().parameters())
+    assert optimizer.state_dict()["param_groups"] == bare.state_dict()["param_groups"]
+    saved = pickle.dumps((model.state_dict(), optimizer.state_dict()))
+    problem.train(model, optimizer, optimizer.step, 5, 12)
+
+    again = Model()
+    optimizer = build(again.parameters())
+    weights, state = pickle.loads(saved)
+    again.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    attach(optimizer, again)
+    problem.train(again, optimizer, optimizer.step, 5, 12)
+    assert identical(values(again), values(model))
+
+
+def test_loading_a_state_dict_while_attached() -> None:
+    problem, build = Problem(), OPTIMIZERS["adamw"]
+    model = problem.copy()
+    optimizer = build(model.parameters())
+    attach(optimizer, model)
+    problem.train(model, optimizer, optimizer.step, 0, 3)
+    kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    problem.train(model, optimizer, optimizer.step, 3, 6)
+    expected = values(model)
+    model.load_state_dict(kept[0])
+    optimizer.load_state_dict(kept[1])
+    problem.train(model, optimizer, optimizer.step, 3, 6)
+    assert identical(values(model), expected)
+
+
+def test_optimizer_can_be_pickled_and_copied() -> None:
+    problem = Problem()
+    model = problem.copy()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    attach(optimizer, model)
+    problem.train(model, optimizer, optimizer.step, 0, 2)
+    pickle.loads(pickle.dumps(optimizer))
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    attach(twin, twin_model)  # hooks do not travel with a copy
+    problem.train(model, optimizer, optimizer.step, 2, 4)
+    problem.train(twin_model, twin, twin.step, 2, 4)
+    assert identical(values(twin_model), values(model))
+
+
+def test_factors_without_gradient_are_left_alone() -> None:
+    problem = Problem()
+    model = problem.copy()
+    with torch.no_grad():  # within the tolerance of attach, but a retraction would move it
+        model.second.U.mul_(1 + 1e-15)
+    before = values(model)
+    optimizer = OPTIMIZERS["sgd_momentum"](model.parameters())
+    attachment = attach(optimizer, model)
+    x, _ = problem.batches[0]
+    model.first(x).square().sum().backward()
+    optimizer.step()
+    after = values(model)
+    assert torch.equal(after["second.U"], before["second.U"])
+    assert torch.equal(after["second.Vt"], before["second.Vt"])
+    assert not torch.equal(after["first.U"], before["first.U"])
+    assert attachment.last_info is not None
+    assert attachment.last_info.shape == (2, 4)
+    optimizer.zero_grad()
+    optimizer.step()  # nothing has a gradient
+    assert identical(values(model), after)
+
+
+def test_several_attachments_on_one_optimizer() -> None:
+    problem, build = Problem(), OPTIMIZERS["adamw"]
+    reference = published(problem, build, 5, F64, hidden_size=HIDDEN)
+    model = problem.copy()
+    optimizer = build(model.parameters())
+    first = attach(optimizer, model.first, grad_scaling=HIDDEN)
+    second = attach(optimizer, stiefel_factors(model.second), grad_scaling=HIDDEN)
+    assert [f.name for f in first.factors + second.factors] == ["U", "Vt", "U", "Vt"]
+    problem.train(model, optimizer, optimizer.step, 0, 5)
+    assert distance(values(model), values(reference)) < 1e-11
+
+
+def test_mixed_dtypes_in_one_attachment() -> None:
+    build = OPTIMIZERS["sgd_momentum"]
+    tall = [nn.Parameter(orthonormal(9, 3)), nn.Parameter(orthonormal(8, 2, torch.float32))]
+    alone = [nn.Parameter(p.detach().clone()) for p in tall]
+    together = build(tall)
+    attach(together, tall, grad_scaling=False)
+    apart = [build([p]) for p in alone]
+    for p, optimizer in zip(alone, apart, strict=True):
+        attach(optimizer, [p], grad_scaling=False)
+    for _ in range(3):
+        for p, q in zip(tall, alone, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        together.step()
+        for optimizer in apart:
+            optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(tall, alone, strict=True))
+
+
+def test_strided_parameters_and_gradients() -> None:
+    """A factor that is a column slice of a larger array, with a gradient stored the other way round."""
+    wide = torch.zeros(11, 6, dtype=F64)
+    wide[:, 1:4] = orthonormal(11, 3)
+    sliced = nn.Parameter(wide[:, 1:4])
+    dense = nn.Parameter(sliced.detach().clone())
+    gradient = torch.randn(3, 11, dtype=F64).mT
+    for p in (sliced, dense):
+        optimizer = SGD([p], lr=0.1)
+        attach(optimizer, [p], grad_scaling=False)
+        p.grad = gradient.clone() if p is sliced else gradient.contiguous()
+        optimizer.step()
+    assert torch.linalg.norm(sliced.detach() - dense.detach()) < 1e-14
+    assert bool((wide[:, [0, 4, 5]] == 0).all())
+
+
+def test_parameters_that_move_to_other_memory_are_followed() -> None:
+    problem, build = Problem(), OPTIMIZERS["sgd_momentum"]
+    model = problem.copy(torch.float32)
+    optimizer = build(model.parameters())
+    attach(optimizer, model)
+    problem.train(model, optimizer, optimizer.step, 0, 2)
+    model.to(F64)
+    optimizer.zero_grad()
+    for state in optimizer.state.values():
+        state["momentum_buffer"] = state["momentum_buffer"].double()
+    problem.train(model, optimizer, optimizer.step, 2, 4)
+    assert model.first.U.dtype == F64
+    assert worst_error(model) < 1e-13
+
+
+def test_snapshot_memory_is_reused() -> None:
+    problem, build = Problem(), OPTIMIZERS["adamw"]
+    model = problem.copy()
+    optimizer = build(model.parameters())
+    attachment = attach(optimizer, model)
+    problem.train(model, optimizer, optimizer.step, 0, 1)
+    first = [b.data_ptr() for b in attachment._snapshot if b is not None]
+    problem.train(model, optimizer, optimizer.step, 1, 3)
+    assert first == [b.data_ptr() for b in attachment._snapshot if b is not None]
+    assert len(first) == 4
+
+
+def test_one_operator_call_for_all_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, int]] = []
+    namespace = torch.ops.stella_kernels
+    for name in ("riemannian_gradient_", "project_retract_"):
+        operator = getattr(namespace, name)
+
+        def counted(tensors: list[Tensor], *args: Any, _op: Any = operator, _name: str = name) -> Tensor:
+            calls.append((_name, len(tensors)))
+            return _op(tensors, *args)
+
+        monkeypatch.setattr(namespace, name, counted)
+    hooked(Problem(), OPTIMIZERS["adamw"], 2, torch.float32)
+    assert calls == [("riemannian_gradient_", 4), ("project_retract_", 4)] * 2
+
+
+# --- gradient scaler ---
+
+
+@pytest.mark.parametrize("build", ["adamw_loop", "adamw_fused"])
+def test_grad_scaler(build: str) -> None:
+    """Scaled by a power of two and unscaled (by the scaler or by the fused step), then a batch that overflows."""
+    problem = Problem()
+    reference = published(problem, OPTIMIZERS["adamw_loop"], 4, torch.float32, hidden_size=HIDDEN)
+    model = problem.copy(torch.float32)
+    optimizer = OPTIMIZERS[build](model.parameters())
+    attach(optimizer, model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def step(index: int, spoil: bool = False) -> None:
+        optimizer.zero_grad()
+        scaler.scale(problem.loss(model, index)).backward()
+        if spoil:
+            assert model.first.U.grad is not None
+            model.first.U.grad[0, 0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+
+    for index in range(4):
+        step(index)
+    assert distance(values(model), values(reference)) < 1e-4  # float32, four steps
+    before = values(model)
+    step(4, spoil=True)
+    assert identical(values(model), before)
+    assert scaler.get_scale() == 512.0
+    step(5)
+    assert not identical(values(model), before)
+    assert worst_error(model) < 1e-5
+
+
+# --- attach and remove ---
+
+
+def test_remove() -> None:
+    problem = Problem()
+    model = problem.copy()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    attachment = attach(optimizer, model)
+    with pytest.raises(ValueError, match=r"first\.U.*already attached.*remove"):
+        attach(optimizer, stiefel_factors(model)[:1], grad_scaling=False)
+    attachment.remove()
+    attachment.remove()
+    bare = problem.copy()
+    other = SGD(bare.parameters(), lr=0.1)
+    problem.train(model, optimizer, optimizer.step, 0, 3)
+    problem.train(bare, other, other.step, 0, 3)
+    assert identical(values(model), values(bare))
+    model.load_state_dict(problem.model.state_dict())
+    attach(optimizer, model)
+    problem.train(model, optimizer, optimizer.step, 0, 3)
+    assert worst_error(model) < 1e-13
+
+
+def test_nothing_keeps_optimizer_or_model_alive() -> None:
+    model = Model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    attach(optimizer, model)
+    watched = weakref.ref(optimizer), weakref.ref(model)
+    del optimizer, model
+    gc.collect()
+    assert [w() for w in watched] == [None, None]
+
+
+def test_a_wrapped_optimizer_is_unwrapped() -> None:
+    class Wrapper(Optimizer):
+        def __init__(self, optimizer: Optimizer) -> None:
+            self.optimizer = optimizer
+
+        def step(self, closure: Any = None) -> None:
+            self.optimizer.step()
+
+        @property
+        def param_groups(self) -> list[dict[str, Any]]:
+            return self.optimizer.param_groups
+
+    problem = Problem()
+    model = problem.copy()
+    wrapper = Wrapper(SGD(model.parameters(), lr=0.1))
+    attach(wrapper, model)
+    problem.loss(model, 0).backward()
+    wrapper.step()
+    assert not identical(values(model), values(problem.model))
+    assert worst_error(model) < 1e-13
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (SimpleNamespace(hidden_size=5), 5.0),
+        ({"hidden_size": 6}, 6.0),
+        (SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=7)), 7.0),
+    ],
+)
+def test_hidden_size_is_read_from_the_configuration(config: Any, expected: float) -> None:
+    problem, build = Problem(), OPTIMIZERS["sgd_momentum"]
+    problem.model.config = config
+    model, _ = hooked(problem, build, 3, F64)
+    other, _ = hooked(problem, build, 3, F64, grad_scaling=expected)
+    assert identical(values(model), values(other))
+
+
+@pytest.mark.parametrize("config", [None, {"model_type": "custom"}, SimpleNamespace(hidden_size=None)])
+def test_unknown_hidden_size_is_an_error_with_advice(config: Any) -> None:
+    model = Model()
+    model.config = config
+    with pytest.raises(ValueError, match=r"grad_scaling: True takes the model's hidden size.*grad_scaling=d"):
+        attach(SGD(model.parameters(), lr=0.1), model)
+    with pytest.raises(ValueError, match="grad_scaling: True"):
+        attach(SGD(model.parameters(), lr=0.1), stiefel_factors(model))
+
+
+# --- refused at attach ---
+
+
+def optimizer_of(*parameters: Tensor) -> Optimizer:
+    return SGD([{"params": list(parameters)}], lr=0.1)
+
+
+def spoiled(value: float) -> nn.Parameter:
+    Q = orthonormal(6, 2)
+    Q[3, 1] = value
+    return nn.Parameter(Q)
+
+
+def frozen(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=False)
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "not orthonormal": (
+        lambda: [nn.Parameter(1.1 * orthonormal(6, 2))],
+        ValueError,
+        r"target\[0\]: found columns with ‖QᵀQ − I‖ = 0\.297, wanted at most .*polar",  # (1.1² − 1) sqrt(2)
+    ),
+    "nearly orthonormal": (
+        lambda: [nn.Parameter((1 + 1e-4) * orthonormal(600, 8, torch.float32))],
+        ValueError,
+        r"‖QᵀQ − I‖",
+    ),
+    "NaN": (lambda: [spoiled(math.nan)], NonFiniteError, r"target\[0\] held NaN"),
+    "infinity": (lambda: [spoiled(math.inf)], NonFiniteError, r"target\[0\] held NaN or an infinity"),
+    "integers": (lambda: [frozen(torch.eye(4, 2).long())], TypeError, r"target\[0\]: found dtype torch\.int64"),
+    "complex": (lambda: [nn.Parameter(torch.eye(4, 2).to(torch.complex64))], TypeError, "found dtype torch.complex64"),
+    "wide parameter": (lambda: [nn.Parameter(orthonormal(6, 2).mT)], ValueError, r"\(2, 6\).*StiefelFactor"),
+    "square parameter": (lambda: [nn.Parameter(orthonormal(3, 3))], ValueError, r"\(3, 3\).*which side"),
+    "wide factor": (
+        lambda: [StiefelFactor(nn.Parameter(orthonormal(6, 2).mT), False, "a.Vt")],
+        ValueError,
+        r"a\.Vt: found shape \(2, 6\) with transposed=False.*transposed=True",
+    ),
+    "vector": (lambda: [nn.Parameter(torch.ones(4))], ValueError, r"target\[0\]: found shape \(4,\)"),
+    "batch": (lambda: [nn.Parameter(torch.ones(2, 4, 2))], ValueError, r"found shape \(2, 4, 2\)"),
+    "meta device": (lambda: [nn.Parameter(torch.empty(4, 2, device="meta"))], ValueError, "on device meta"),
+    "plain tensor": (lambda: [orthonormal(6, 2)], TypeError, r"target\[0\]: found Tensor"),
+    "one parameter": (lambda: nn.Parameter(orthonormal(6, 2)), TypeError, "put a single factor in a list"),
+    "a number": (lambda: 3, TypeError, "target: found int"),
+    "nothing": (list, ValueError, "empty sequence"),
+    "no adapters": (lambda: nn.Linear(3, 3), ValueError, "Linear has no trainable Stiefel factors"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(REFUSED))
+def test_bad_targets_are_refused(case: str) -> None:
+    make, error, message = REFUSED[case]
+    target = make()
+    given = list(target) if isinstance(target, list) else []
+    parameters = [getattr(t, "parameter", t) for t in given]
+    good = nn.Parameter(orthonormal(5, 2))
+    optimizer = optimizer_of(good, *(p for p in parameters if isinstance(p, nn.Parameter)))
+    with pytest.raises(error, match=message):
+        attach(optimizer, [*target, good] if given else target, grad_scaling=False)
+    good.grad = torch.ones_like(good)
+    expected = good.detach() - 0.1
+    for p in parameters:  # and the optimizer is as it was: one bare step moves the sound factor
+        p.grad = None
+    optimizer.step()
+    assert torch.equal(good.detach(), expected)
+
+
+def test_bad_arguments_are_refused() -> None:
+    model = Model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    for kwargs, error, message in [
+        ({"retraction": "svd"}, ValueError, "retraction: found 'svd', wanted one of 'polar'"),
+        ({"geometry": "quotient"}, ValueError, "geometry: found 'quotient', wanted one of 'stiefel', 'euclidean'"),
+        ({"method": "fast"}, ValueError, "method: found 'fast'"),
+        ({"grad_scaling": 0}, ValueError, "grad_scaling: found 0"),
+        ({"grad_scaling": math.nan}, ValueError, "grad_scaling: found nan"),
+        ({"grad_scaling": "yes"}, TypeError, "grad_scaling: found str"),
+    ]:
+        with pytest.raises(error, match=message):
+            attach(optimizer, model, **kwargs)
+    with pytest.raises(TypeError, match="optimizer: found Model"):
+        attach(model, optimizer)  # type: ignore[arg-type]
+    factors = stiefel_factors(model)
+    with pytest.raises(ValueError, match=r"item 2 .*same parameter as item 0"):
+        attach(optimizer, [*factors[:2], factors[0]], grad_scaling=False)
+
+
+def test_parameters_that_the_optimizer_does_not_hold_are_named() -> None:
+    model = Model()
+    optimizer = SGD([model.first.U, model.second.U, model.second.S], lr=0.1)
+    with pytest.raises(ValueError, match=r"optimizer: it does not hold first\.Vt, second\.Vt"):
+        attach(optimizer, model)
+
+
+def test_weight_decay_on_a_factor_is_refused() -> None:
+    model = Model()
+    with pytest.raises(
+        ValueError, match=r"group 0 has weight_decay=0\.01 and holds the constrained first\.U, first\.Vt"
+    ):
+        attach(AdamW(model.parameters()), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "r"), [(4096, 16), (8, 8), (64, 1)])
+def test_factors_rounded_to_their_dtype_are_accepted(n: int, r: int, dtype: torch.dtype) -> None:
+    parameter = nn.Parameter(orthonormal(n, r, dtype))
+    attach(optimizer_of(parameter), [StiefelFactor(parameter, False, "U")], grad_scaling=False)
+
+
+# --- refused at a step ---
+
+
+def test_closures_are_refused() -> None:
+    problem = Problem()
+    model = problem.copy()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    attach(optimizer, model)
+    problem.loss(model, 0).backward()
+    gradient = model.first.U.grad.clone()  # type: ignore[union-attr]
+    for args, kwargs in (((lambda: 1.0,), {}), ((), {"closure": lambda: 1.0})):
+        with pytest.raises(RuntimeError, match="closure: found one"):
+            optimizer.step(*args, **kwargs)
+    assert identical(values(model), values(problem.model))
+    assert torch.equal(model.first.U.grad, gradient)
+    assert not optimizer.state
+    optimizer.step(None)
+    optimizer.step(closure=None)
+    assert worst_error(model) < 1e-13
+
+
+def test_weight_decay_set_later_is_refused() -> None:
+    problem = Problem()
+    model = problem.copy()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    attach(optimizer, model)
+    problem.loss(model, 0).backward()
+    gradient = model.first.U.grad.clone()  # type: ignore[union-attr]
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    with pytest.raises(ValueError, match=r"weight_decay=0\.1 and holds the constrained first\.U"):
+        optimizer.step()
+    assert identical(values(model), values(problem.model))
+    assert torch.equal(model.first.U.grad, gradient)
+    assert not optimizer.state
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    optimizer.step()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_non_finite_gradient_stops_everything(mixed: bool, value: float) -> None:
+    """Nothing moves, no gradient is rewritten, the optimizer's state stays empty; also with several operator calls."""
+    problem = Problem()
+    model = problem.copy()
+    if mixed:
+        model.first.float()
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    model.second.Vt.grad[2, 5] = value  # type: ignore[index]
+    before, gradients = values(model), {name: p.grad.clone() for name, p in model.named_parameters()}  # type: ignore[union-attr]
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    attach(optimizer, model)
+    with pytest.raises(NonFiniteError, match=r"the gradient of second\.Vt holds NaN") as caught:
+        optimizer.step()
+    assert caught.value.names == ("second.Vt",)
+    assert identical(values(model), before)
+    for name, p in model.named_parameters():
+        assert torch.equal(p.grad, gradients[name]) or name == "second.Vt"  # type: ignore[arg-type]
+    assert torch.equal(model.second.Vt.grad.nan_to_num(), gradients["second.Vt"].nan_to_num())  # type: ignore[union-attr]
+    assert not optimizer.state
+
+
+def test_sparse_gradients_are_refused() -> None:
+    table = nn.Parameter(orthonormal(8, 3))
+    optimizer = SGD([table], lr=0.1)
+    attach(optimizer, [table], grad_scaling=False)
+    nn.functional.embedding(torch.tensor([1, 2]), table, sparse=True).sum().backward()
+    before = table.detach().clone()
+    with pytest.raises(RuntimeError, match=r"target\[0\]: found a gradient of layout torch\.sparse_coo"):
+        optimizer.step()
+    assert torch.equal(table.detach(), before)
+
+
+class Misbehaving(SGD):
+    """Plain gradient descent that can be told to write a NaN, or to raise halfway."""
+
+    spoil: Tensor | None = None
+    fail = False
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if self.fail:
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].add_(1.0)
+            raise OSError("lost")
+        super().step()
+        if self.spoil is not None:
+            with torch.no_grad():
+                self.spoil[0, 0] = math.nan
+
+
+@pytest.mark.parametrize("retraction", sorted(stiefel.RETRACTIONS))
+def test_factors_come_back_when_the_optimizer_writes_nan(retraction: str) -> None:
+    problem = Problem()
+    model = problem.copy()
+    optimizer = Misbehaving(model.parameters(), lr=0.1)
+    attach(optimizer, model, retraction=retraction)
+    problem.train(model, optimizer, optimizer.step, 0, 2)
+    before = values(model)
+    optimizer.spoil = model.second.U
+    problem.loss(model, 0).backward()
+    with pytest.raises(NonFiniteError, match=r"optimizer\.step\(\) moved second\.U to NaN") as caught:
+        optimizer.step()
+    assert caught.value.names == ("second.U",)
+    after = values(model)
+    assert all(torch.equal(after[f.name], before[f.name]) for f in stiefel_factors(model))
+    optimizer.spoil = None
+    problem.train(model, optimizer, optimizer.step, 2, 4)
+    assert worst_error(model) < 1e-13
+
+
+@pytest.mark.parametrize("how", ["status", "exception"])
+def test_factors_come_back_when_the_retraction_fails(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem()
+    model = problem.copy()
+    before = values(model)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    attach(optimizer, model)
+
+    def failing(moved: list[Tensor], *args: Any) -> Tensor:
+        for m in moved:
+            m.zero_()
+        if how == "exception":
+            raise RuntimeError("out of memory")
+        info = torch.zeros(len(moved), 4, dtype=F64)
+        info[1, 0] = 2
+        return info
+
+    monkeypatch.setattr(torch.ops.stella_kernels, "project_retract_", failing)
+    problem.loss(model, 0).backward()
+    message = r"method='auto' did not converge for first\.Vt\." if how == "status" else "out of memory"
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    after = values(model)
+    assert all(torch.equal(after[f.name], before[f.name]) for f in stiefel_factors(model))
+
+
+def test_a_step_that_calls_the_step_it_overrides_is_one_step() -> None:
+    """torch then fires the hooks twice; the gradient must be made Riemannian once, and the whole move retracted."""
+
+    class Inner(SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            super().step()
+
+    class Outer(Inner):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            with torch.no_grad():
+                for p in self.param_groups[0]["params"]:
+                    p.mul_(1.1)
+            super().step()
+            with torch.no_grad():
+                for p in self.param_groups[0]["params"]:
+                    p.mul_(0.9)
+
+    class Once(Optimizer):
+        """The same arithmetic in one step."""
+
+        def __init__(self, parameters: Any) -> None:
+            super().__init__(parameters, {})
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for p in self.param_groups[0]["params"]:
+                p.copy_((p * 1.1 - 0.1 * p.grad) * 0.9)
+
+    problem = Problem()
+    Inner([torch.zeros(1)], lr=0.1)  # torch hooks the step of a class when it is first instantiated
+    SGD([torch.zeros(1)], lr=0.1)
+    expected = published(problem, Once, 5, F64, hidden_size=HIDDEN)
+    model, _ = hooked(problem, lambda p: Outer(p, lr=0.1), 5, F64)
+    assert distance(values(model), values(expected)) < 1e-12
+
+
+def test_an_optimizer_that_raises_leaves_nothing_stale() -> None:
+    """After the failure the factors are set to a new point: the next step must start there, not from the snapshot."""
+    problem = Problem()
+    model = problem.copy()
+    optimizer = Misbehaving(model.parameters(), lr=0.1)
+    attach(optimizer, model)
+    optimizer.fail = True
+    problem.loss(model, 0).backward()
+    with pytest.raises(OSError, match="lost"):
+        optimizer.step()
+    optimizer.fail = False
+    fresh = Problem()
+    model.load_state_dict(fresh.model.state_dict())
+    fresh.train(model, optimizer, optimizer.step, 0, 3)
+    expected, _ = hooked(fresh, lambda p: SGD(p, lr=0.1), 3, F64)
+    assert identical(values(model), values(expected))
