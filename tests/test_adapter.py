@@ -100,8 +100,8 @@ def tolerance(dtype: torch.dtype, length: int) -> float:
 
 def assert_close(name: str, found: Tensor, wanted: Tensor, bound: float, size: float | None = None) -> None:
     assert found.shape == wanted.shape, name
-    error = float((found.double() - wanted).norm())
-    size = float(wanted.norm()) if size is None else size
+    error = float((found.detach().double() - wanted.detach()).norm())
+    size = float(wanted.detach().norm()) if size is None else size
     assert error <= bound * size, f"{name}: error {error:.2e} of {size:.2e} is above {bound:.2e}"
 
 
@@ -559,7 +559,7 @@ def test_compiles_once_for_any_number_of_rows() -> None:
 
     layer = make(Case((4, 6), 9, 11, 3), torch.float32, requires_grad=False)
     run = torch.compile(lambda x: stella_linear(x, *layer[1:], SCALE), fullgraph=True, backend=count, dynamic=True)
-    for rows in (3, 7, 12):
+    for rows in (5, 7, 12):  # none equal to another size: the compiler would take them for one
         x = torch.randn(2, rows, 11)
         assert_close("y", run(x), stella_linear(x, *layer[1:], SCALE).double(), tolerance(torch.float32, 11))
     assert graphs == 1
