@@ -30,6 +30,14 @@ def _master_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _base_device_and_dtype(base: nn.Module) -> tuple[torch.device | None, torch.dtype]:
+    """Where a base layer's weight is and what it is; (None, float32) for a layer without tensors of its own."""
+    named = (getattr(base, name, None) for name in ("weight", "qweight", "W_q"))
+    tensors = (tensor for tensor in (*named, *base.parameters(), *base.buffers()) if isinstance(tensor, Tensor))
+    weight = next(tensors, None)
+    return (None, torch.float32) if weight is None else (weight.device, weight.dtype)
+
+
 def layer_features(base: nn.Module) -> tuple[int, int] | None:
     """(n, m), the sizes of the input and output of a linear layer; None if ``base`` is not one that can be adapted."""
     if isinstance(base, Conv1D):
@@ -126,8 +134,8 @@ class StellaLayer(BaseTunerLayer):
         m, n = self.out_features, self.in_features
         if not 1 <= r <= min(m, n):
             raise ValueError(f"r: found {r} for a layer of {n} inputs and {m} outputs, wanted 1 <= r <= {min(m, n)}.")
-        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        dtype = _master_dtype(dtype or torch.float32)
+        device, base_dtype = _base_device_and_dtype(self.get_base_layer())
+        dtype = _master_dtype(base_dtype)
         if device is not None and device.type == "meta":
             device = None  # weights offloaded or not yet loaded: the factors are real, unless the caller says otherwise
         U = Factor((m, r), dtype, device, "columns")
@@ -170,7 +178,7 @@ class StellaLayer(BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own also casts to the base layer's dtype; the factors are full-precision masters
         if device is None:
-            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+            device, _ = _base_device_and_dtype(self.get_base_layer())
         if device is None or device.type == "meta":
             return
         for attribute in self.adapter_layer_names:
