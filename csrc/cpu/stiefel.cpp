@@ -17,7 +17,7 @@ constexpr double kFloatConditionLimit = 16.0;
 constexpr double kDoubleConditionLimit = 16.0;
 constexpr double kWidenedConditionLimit = 1e8;  // float32 data, float64 Gram: 1e8 * 1.1e-16 is below float32's 6e-8
 
-constexpr int64_t kCacheElements = 1 << 18;  // floats of all panels that stay packed between the two passes: 1 MiB
+constexpr int64_t kCacheElements = 1 << 16;  // floats of all panels that stay packed between the two passes: 256 KiB
 
 int64_t chunk_rows_for(int64_t order, int64_t n, int element_bytes) {
   int64_t rows = order <= 64 ? 768 : order <= 128 ? 384 : 192;
