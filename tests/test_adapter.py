@@ -292,12 +292,15 @@ def test_non_contiguous_input_and_factors(run: Callable[[Layer], Tensor]) -> Non
     check(run, Layer(*strided))
 
 
-def test_non_contiguous_base_output() -> None:
+@pytest.mark.parametrize("order", [(2, 0, 1), (1, 0, 2)])
+def test_non_contiguous_base_output(order: tuple[int, ...]) -> None:
+    """Strides that flatten to (T, m) as a view, and strides that do not."""
     layer = make(Case((4, 6), 9, 11, 3), torch.float32)
+    back = tuple(order.index(i) for i in range(3))
 
     def run(layer: Layer) -> Tensor:
         x, W, b, U, S, Vt = layer
-        y = (x @ W.mT + b).permute(2, 0, 1).contiguous().permute(1, 2, 0)
+        y = (x @ W.mT + b).permute(order).contiguous().permute(back)
         assert not y.is_contiguous()
         return stella_adapter(y, x, U, S, Vt, SCALE)
 
