@@ -724,7 +724,7 @@ def test_sparse_gradients_are_refused() -> None:
 
 
 class Misbehaving(SGD):
-    """Plain gradient descent that can be told to write a NaN, or to raise halfway."""
+    """Plain gradient descent that can be told to write a NaN, to raise halfway, or to skip as a fused one does."""
 
     spoil: Tensor | None = None
     fail = False
@@ -734,6 +734,8 @@ class Misbehaving(SGD):
             with torch.no_grad():
                 self.param_groups[0]["params"][0].add_(1.0)
             raise OSError("lost")
+        if getattr(self, "found_inf", None) is not None:
+            return
         super().step()
         if self.spoil is not None:
             with torch.no_grad():
@@ -835,6 +837,10 @@ def test_an_optimizer_that_raises_leaves_nothing_stale() -> None:
     optimizer.fail = False
     fresh = Problem()
     model.load_state_dict(fresh.model.state_dict())
+    optimizer.found_inf = torch.ones(())  # a step that a GradScaler has skipped ends without having begun
+    optimizer.step()
+    assert identical(values(model), values(fresh.model))
+    del optimizer.found_inf
     fresh.train(model, optimizer, optimizer.step, 0, 3)
     expected, _ = hooked(fresh, lambda p: SGD(p, lr=0.1), 3, F64)
     assert identical(values(model), values(expected))
