@@ -7,9 +7,9 @@
 
 namespace stella {
 
-#define STELLA_DECLARE(isa)    \
-  namespace isa {              \
-  const IsaKernels& table();   \
+#define STELLA_DECLARE(isa)  \
+  namespace isa {            \
+  const IsaKernels& table(); \
   }
 
 #if defined(STELLA_HAVE_AVX512)

@@ -46,13 +46,11 @@ struct GradientJob {
 
 // What the kernels do with an (n, r) matrix: shown to people, and used by the kernels themselves.
 struct Plan {
-  int64_t chunk_rows;   // rows whose columns are packed side by side at a time
-  int64_t block_rows;   // rows of a unit of work when one matrix is shared between threads
-  int gram_rows, gram_columns;        // register tile of the Gram kernel
+  int64_t chunk_rows;                    // rows whose columns are packed side by side at a time
+  int64_t block_rows;                    // rows of a unit of work when one matrix is shared between threads
+  int gram_rows, gram_columns;           // register tile of the Gram kernel
   int combine_columns, combine_vectors;  // register tile of the update kernel
 };
-
-
 
 struct IsaKernels {
   const char* name;

@@ -71,8 +71,7 @@ STELLA_INLINE void combine_tile(const T* panel, int64_t terms, int64_t leading, 
 #pragma GCC unroll 8
   for (int j = 0; j < kCombineColumns; ++j)
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v)
-      accumulator[j][v] = base ? load<V>(base + j * leading + v * kLanes<T>) : V{};
+    for (int v = 0; v < vectors; ++v) accumulator[j][v] = base ? load<V>(base + j * leading + v * kLanes<T>) : V{};
   for (int64_t k = 0; k < terms; ++k) {
     V column[vectors];
 #pragma GCC unroll 8
@@ -103,8 +102,8 @@ void combine(const T* panel, int64_t terms, int64_t leading, const T* coefficien
                                        base ? base + j * leading + i : nullptr, out + j * out_leading + i, out_leading);
   for (; i < count; i += kLanes<T>)
     for (int64_t j = 0; j < columns; j += kCombineColumns)
-      combine_tile<T, 1>(panel + i, terms, leading, coefficients + j * terms,
-                         base ? base + j * leading + i : nullptr, out + j * out_leading + i, out_leading);
+      combine_tile<T, 1>(panel + i, terms, leading, coefficients + j * terms, base ? base + j * leading + i : nullptr,
+                         out + j * out_leading + i, out_leading);
 }
 
 // (terms, columns) row-major float64 coefficients to blocks of four columns, zero-padded, in the arithmetic type.

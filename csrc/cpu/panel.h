@@ -1,5 +1,6 @@
 // Packing: a chunk of rows of an (n, r) matrix, of any storage, becomes r contiguous columns in the arithmetic type.
-// Columns side by side let every kernel run along n, so no rank is a special case and a transposed factor costs nothing.
+// Columns side by side let every kernel run along n, so no rank is a special case and a transposed factor costs
+// nothing.
 #pragma once
 
 #include <type_traits>
@@ -173,8 +174,7 @@ void pack(const MatrixView& view, int64_t begin, int64_t rows, int64_t padded, T
             for (; j + 4 <= view.r; j += 4)
               transpose_in(from + i * view.row_stride + j, view.row_stride, panel + j * leading + i, leading);
             for (; j < view.r; ++j)
-              for (int k = 0; k < kTransposeRows; ++k)
-                panel[j * leading + i + k] = from[(i + k) * view.row_stride + j];
+              for (int k = 0; k < kTransposeRows; ++k) panel[j * leading + i + k] = from[(i + k) * view.row_stride + j];
           }
         }
       }
@@ -211,8 +211,7 @@ void unpack(const T* panel, int64_t leading, const MatrixView& view, int64_t beg
           for (; j + 4 <= view.r; j += 4)
             transpose_out(panel + j * leading + i, leading, to + i * view.row_stride + j, view.row_stride);
           for (; j < view.r; ++j)
-            for (int k = 0; k < kTransposeRows; ++k)
-              to[(i + k) * view.row_stride + j] = panel[j * leading + i + k];
+            for (int k = 0; k < kTransposeRows; ++k) to[(i + k) * view.row_stride + j] = panel[j * leading + i + k];
         }
       }
     }

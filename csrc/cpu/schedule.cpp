@@ -67,8 +67,7 @@ void gram_of_blocks(const Pool& pool, int64_t n, int64_t block, int64_t size, do
                     const std::function<void(int64_t, int64_t, double*)>& pass) {
   const int64_t blocks = blocks_of(n, block);
   std::vector<double> partial(static_cast<size_t>(blocks * size), 0.0);
-  run_queue(pool, blocks,
-            [&](int64_t b) { pass(b * block, std::min(n, (b + 1) * block), partial.data() + b * size); });
+  run_queue(pool, blocks, [&](int64_t b) { pass(b * block, std::min(n, (b + 1) * block), partial.data() + b * size); });
   std::fill(gram, gram + size, 0.0);
   for (int64_t b = 0; b < blocks; ++b)
     for (int64_t i = 0; i < size; ++i) gram[i] += partial[static_cast<size_t>(b * size + i)];
@@ -91,9 +90,8 @@ std::vector<Outcome> polar(const Pool& pool, const std::vector<PolarJob>& jobs, 
       gram_of_blocks(pool, n, block, r * r, gram.data(),
                      [&](int64_t b, int64_t e, double* out) { k.polar_gram(job, b, e, out); });
       if (k.polar_solve(job, gram.data(), coefficients.data(), &outcomes[i])) {
-        gram_of_blocks(pool, n, block, r * r, gram.data(), [&](int64_t b, int64_t e, double* out) {
-          k.polar_update(job, b, e, coefficients.data(), out);
-        });
+        gram_of_blocks(pool, n, block, r * r, gram.data(),
+                       [&](int64_t b, int64_t e, double* out) { k.polar_update(job, b, e, coefficients.data(), out); });
         done = k.polar_accept(job, gram.data(), &outcomes[i]);
       }
     }
@@ -182,12 +180,10 @@ std::vector<Outcome> riemannian_gradient(const Pool& pool, const std::vector<Gra
     std::vector<double> gram(r * r);
     gram_of_blocks(pool, n, block, r * r, gram.data(),
                    [&](int64_t b, int64_t e, double* out) { k.gradient_gram(job, b, e, out); });
-    run_queue(pool, blocks_of(n, block), [&](int64_t b) {
-      k.gradient_update(job, b * block, std::min(n, (b + 1) * block), gram.data());
-    });
+    run_queue(pool, blocks_of(n, block),
+              [&](int64_t b) { k.gradient_update(job, b * block, std::min(n, (b + 1) * block), gram.data()); });
   }
-  run_queue(pool, static_cast<int64_t>(division.whole.size()),
-            [&](int64_t t) { k.gradient(jobs[division.whole[t]]); });
+  run_queue(pool, static_cast<int64_t>(division.whole.size()), [&](int64_t t) { k.gradient(jobs[division.whole[t]]); });
   return outcomes;
 }
 

@@ -1,0 +1,142 @@
+// The orthogonal polar factor of one matrix.
+#pragma once
+
+#include "passes.h"
+#include "svd_polar.h"
+#include "value_range.h"
+
+namespace stella::STELLA_ISA {
+namespace {
+
+// coefficients (r x r) = G^(-1/2) from the Gram's upper triangle.
+bool polar_coefficients(const double* gram, int64_t r, double tolerance, double limit, double* coefficients,
+                        Outcome* outcome) {
+  Scratch& s = scratch();
+  const int64_t leading = square_leading(r);
+  double* G = s.square[4].reserve<double>(square_size(r));
+  double* R = s.square[5].reserve<double>(square_size(r));
+  symmetric_from_upper(gram, r, 0, r, G);
+  const SmallResult result = inverse_square_root(G, r, tolerance, R);
+  outcome->iterations += result.iterations;
+  if (!result.converged || !(result.condition <= limit)) return false;
+  for (int64_t i = 0; i < r; ++i)
+    for (int64_t j = 0; j < r; ++j) coefficients[i * r + j] = R[i * leading + j];
+  return true;
+}
+
+// Neither overflow nor underflow has touched the Gram: its diagonal lies well inside the arithmetic type's range.
+template <typename T>
+bool gram_in_range(const double* gram, int64_t r) {
+  const double high = std::is_same_v<T, float> ? 1e36 : 1e300, low = std::is_same_v<T, float> ? 1e-24 : 1e-240;
+  double largest = 0.0;
+  for (int64_t i = 0; i < r; ++i) {
+    const double g = gram[i * r + i];
+    if (!(g <= high)) return false;
+    if (g > largest) largest = g;
+  }
+  return largest >= low;
+}
+
+template <typename T>
+bool polar_newton_schulz(const PolarJob& job, T scale, double limit, Outcome* outcome) {
+  const int64_t n = job.in.n, r = job.in.r;
+  double* gram = zeroed_gram(r);
+  Panels<T> panels(&job.in, nullptr, false, scale, 0, n);
+  gram_pass(panels, gram);
+  if (!gram_in_range<T>(gram, r)) return false;
+  Buffer small;
+  double* coefficients = small.reserve<double>(r * r);
+  if (!polar_coefficients(gram, r, solve_tolerance<T>(), limit, coefficients, outcome)) return false;
+  gram = zeroed_gram(r);
+  update_pass(panels, coefficients, 0, false, job.out, gram);
+  outcome->residual = root_of_sum(gram, r, r);
+  return outcome->residual <= residual_limit<T>(r);
+}
+
+bool svd_to(double* columns, const MatrixView& out, Outcome* outcome) {
+  const int64_t n = out.n, r = out.r;
+  Buffer factor;
+  double* Q = factor.reserve<double>(n * r);
+  outcome->path = Path::svd;
+  if (!svd_polar(columns, n, r, Q, &outcome->iterations)) {
+    outcome->status = Status::not_converged;
+    return false;
+  }
+  unpack(Q, n, out, 0, n);
+  double* gram = zeroed_gram(r);
+  for (int64_t i = 0; i < r; ++i)
+    for (int64_t j = i; j < r; ++j) gram[i * r + j] = dot(Q + i * n, Q + j * n, n);
+  outcome->residual = root_of_sum(gram, r, r);
+  return true;
+}
+
+void polar_by_svd(const PolarJob& job, double scale, Outcome* outcome) {
+  Buffer tall;
+  double* columns = tall.reserve<double>(job.in.n * job.in.r);
+  pack<double>(job.in, 0, job.in.n, job.in.n, columns, job.in.n, scale);
+  svd_to(columns, job.out, outcome);
+}
+
+void polar(const PolarJob& job, Method method, Outcome* outcome) {
+  const int64_t n = job.in.n, r = job.in.r;
+  *outcome = Outcome();
+  if (n == 0 || r == 0) return;
+  const bool wide = job.in.storage == Storage::float64;
+  const double no_limit = 1e300;
+  const bool automatic = method == Method::automatic;
+  if (method != Method::svd) {
+    const bool done = wide
+                          ? polar_newton_schulz<double>(job, 1.0, automatic ? kDoubleConditionLimit : no_limit, outcome)
+                          : polar_newton_schulz<float>(job, 1.0f, kFloatConditionLimit, outcome);
+    if (done) return;
+  }
+  // Off the fast path: look at the data, scale it into range, work in float64.
+  if (!all_finite(job.in, 0, n)) {
+    outcome->status = Status::non_finite;
+    outcome->residual = __builtin_nan("");
+    return;
+  }
+  const double largest = largest_magnitude(job.in);
+  const double scale = largest > 0.0 ? power_of_two_scale(largest) : 1.0;
+  if (method != Method::svd && largest > 0.0) {
+    outcome->path = Path::float64_gram;
+    const double limit = !automatic ? no_limit : wide ? kDoubleConditionLimit : kWidenedConditionLimit;
+    if (polar_newton_schulz<double>(job, scale, limit, outcome)) return;
+  }
+  if (method == Method::newton_schulz) {
+    outcome->status = Status::not_converged;
+    return;
+  }
+  polar_by_svd(job, scale, outcome);
+}
+
+void polar_gram(const PolarJob& job, int64_t begin, int64_t end, double* gram) {
+  with_arithmetic(job.in, [&](auto zero) {
+    Panels<decltype(zero)> panels(&job.in, nullptr, false, 1, begin, end);
+    gram_pass(panels, gram);
+  });
+}
+
+bool polar_solve(const PolarJob& job, const double* gram, double* coefficients, Outcome* outcome) {
+  if (job.in.storage == Storage::float64)
+    return gram_in_range<double>(gram, job.in.r) &&
+           polar_coefficients(gram, job.in.r, solve_tolerance<double>(), kDoubleConditionLimit, coefficients, outcome);
+  return gram_in_range<float>(gram, job.in.r) &&
+         polar_coefficients(gram, job.in.r, solve_tolerance<float>(), kFloatConditionLimit, coefficients, outcome);
+}
+
+void polar_update(const PolarJob& job, int64_t begin, int64_t end, const double* coefficients, double* gram) {
+  with_arithmetic(job.in, [&](auto zero) {
+    const Panels<decltype(zero)> panels(&job.in, nullptr, false, 1, begin, end);
+    update_pass(panels, coefficients, 0, false, job.out, gram);
+  });
+}
+
+bool polar_accept(const PolarJob& job, const double* gram, Outcome* outcome) {
+  outcome->residual = root_of_sum(gram, job.in.r, job.in.r);
+  return outcome->residual <=
+         (job.in.storage == Storage::float64 ? residual_limit<double>(job.in.r) : residual_limit<float>(job.in.r));
+}
+
+}  // namespace
+}  // namespace stella::STELLA_ISA
