@@ -223,10 +223,10 @@ def test_dropout_only_in_training_and_only_on_the_adapter():
     still = model(x).detach()
     assert torch.equal(model(x), still)
     model.train()
-    draws = torch.stack([model(x).detach() for _ in range(400)])
+    draws = torch.stack([model(x).detach() for _ in range(64)])
     assert not torch.equal(draws[0], draws[1])
-    # the mean of 400 draws is the undropped output within 6 standard errors, everywhere
-    assert bool(((draws.mean(0) - still).abs() <= 6 * draws.std(0) / 20).all())
+    # the mean of 64 draws is the undropped output within 6 standard errors, everywhere
+    assert bool(((draws.mean(0) - still).abs() <= 6 * draws.std(0) / 8).all())
     with model.disable_adapter():
         assert torch.equal(model(x), layer.base_layer(x))
 

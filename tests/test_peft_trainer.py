@@ -138,7 +138,10 @@ def test_a_plain_trainer_leaves_the_manifold(tmp_path):
     assert orthonormality(model) > 100 * ON_MANIFOLD
 
 
-@pytest.mark.parametrize("settings", [{"gradient_accumulation_steps": 2}, {"bf16": True}, {"max_grad_norm": 0.1}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"gradient_accumulation_steps": 2}, {"bf16": True}, {"max_grad_norm": 0.1}, {"gradient_checkpointing": True}],
+)
 def test_stays_on_the_manifold_with_trainer_options(tmp_path, settings):
     model = model_for_training(lora_dropout=0.1)
     before = factors(model)
