@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cmath>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -83,6 +84,21 @@ void check_same(const Tensor& a, const Tensor& b, const char* names) {
                   ": wanted the same shape in each pair.");
 }
 
+// An (r, r) tensor as float64, row-major.
+std::vector<double> square_of(const Tensor& t, int64_t r) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == r && t.size(1) == r, "couplings: wanted (r, r) tensors, or empty ones.");
+  const bool narrow = t.scalar_type() == ScalarType::Float;
+  STD_TORCH_CHECK(narrow || t.scalar_type() == ScalarType::Double, "couplings: wanted float32 or float64.");
+  std::vector<double> square(r * r);
+  for (int64_t a = 0; a < r; ++a)
+    for (int64_t b = 0; b < r; ++b) {
+      const int64_t at = a * t.stride(0) + b * t.stride(1);
+      square[a * r + b] =
+          narrow ? static_cast<const float*>(data_of(t))[at] : static_cast<const double*>(data_of(t))[at];
+    }
+  return square;
+}
+
 std::tuple<Tensor, Tensor> polar(const Tensor& M, const std::string& method) {
   const int64_t dims = M.dim();
   STD_TORCH_CHECK(dims >= 2 && M.size(dims - 2) >= M.size(dims - 1), "M: wanted (..., n, r) with n >= r; pass M.mT.");
@@ -142,10 +158,57 @@ Tensor project_retract_(const std::vector<Tensor>& moved, const std::vector<Tens
   return info_of(stella::project_retract(pool(), jobs, method_of(method)));
 }
 
+Tensor stella_adamw_(const std::vector<Tensor>& factors, const std::vector<Tensor>& gradients,
+                     const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
+                     const std::vector<Tensor>& couplings, const Tensor& hyperparameters, bool skip_nonfinite) {
+  constexpr int64_t kColumns = 7;
+  const size_t count = factors.size();
+  check_pairs(count, gradients.size(), "factors, gradients");
+  check_pairs(count, exp_avgs.size(), "factors, exp_avgs");
+  check_pairs(count, exp_avg_sqs.size(), "factors, exp_avg_sqs");
+  check_pairs(count, couplings.size(), "factors, couplings");
+  STD_TORCH_CHECK(
+      hyperparameters.dim() == 2 && hyperparameters.size(0) == static_cast<int64_t>(count) &&
+          hyperparameters.size(1) == kColumns && hyperparameters.is_contiguous() &&
+          hyperparameters.scalar_type() == ScalarType::Double && hyperparameters.is_cpu(),
+      "hyperparameters: wanted a contiguous float64 CPU tensor of shape (factors, 7): learning rate, beta1, "
+      "beta2, epsilon, step, divisor, sign.");
+  const double* h = static_cast<const double*>(hyperparameters.const_data_ptr());
+  std::vector<std::vector<double>> known(count);
+  std::vector<stella::AdamwJob> jobs;
+  jobs.reserve(count);
+  for (size_t i = 0; i < count; ++i, h += kColumns) {
+    check_same(factors[i], gradients[i], "factors, gradients");
+    check_same(factors[i], exp_avgs[i], "factors, exp_avgs");
+    check_same(factors[i], exp_avg_sqs[i], "factors, exp_avg_sqs");
+    stella::AdamwJob job = {matrix_of(factors[i], "factors"),
+                            matrix_of(gradients[i], "gradients"),
+                            matrix_of(exp_avgs[i], "exp_avgs"),
+                            matrix_of(exp_avg_sqs[i], "exp_avg_sqs"),
+                            h[0],
+                            h[1],
+                            h[2],
+                            h[3],
+                            1.0 - std::pow(h[1], h[4]),
+                            1.0 - std::pow(h[2], h[4]),
+                            h[5],
+                            h[6],
+                            nullptr};
+    STD_TORCH_CHECK(job.divisor > 0 && h[4] >= 1, "hyperparameters: wanted positive divisors and steps from 1 on.");
+    if (couplings[i].numel() > 0) {
+      known[i] = square_of(couplings[i], job.factor.r);
+      job.coupling = known[i].data();
+    }
+    jobs.push_back(job);
+  }
+  return info_of(stella::adamw(pool(), jobs, skip_nonfinite));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(stella_kernels, CPU, m) {
   m.impl("polar", TORCH_BOX(&polar));
   m.impl("riemannian_gradient_", TORCH_BOX(&riemannian_gradient_));
   m.impl("project_retract_", TORCH_BOX(&project_retract_));
+  m.impl("stella_adamw_", TORCH_BOX(&stella_adamw_));
 }

@@ -1,4 +1,5 @@
 // Everything above, compiled for one instruction set, as a table of functions.
+#include "adamw.h"
 #include "gradient.h"
 #include "polar.h"
 #include "retract.h"
@@ -39,7 +40,14 @@ const IsaKernels& table() {
                                      retract_solve,
                                      retract_update,
                                      gradient_gram,
-                                     gradient_update};
+                                     gradient_update,
+                                     adamw,
+                                     adamw_steps_bytes,
+                                     adamw_coupling,
+                                     adamw_step,
+                                     adamw_solve,
+                                     adamw_update,
+                                     adamw_fallback};
   return kernels;
 }
 

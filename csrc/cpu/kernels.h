@@ -44,6 +44,16 @@ struct GradientJob {
   MatrixView gradient, factor;
 };
 
+// The whole Riemannian AdamW step of one factor. All four matrices have one shape; the gradient is read only.
+struct AdamwJob {
+  MatrixView factor, gradient, first_moment, second_moment;
+  double learning_rate, beta1, beta2, epsilon;
+  double correction1, correction2;  // 1 - beta^t
+  double divisor;                   // of the step: gradient scaling
+  double sign;                      // of the gradient: -1 to maximise
+  const double* coupling;           // gradient^T factor (r x r), where it is known without a reduction, or nullptr
+};
+
 // What the kernels do with an (n, r) matrix: shown to people, and used by the kernels themselves.
 struct Plan {
   int64_t chunk_rows;                    // rows whose columns are packed side by side at a time
@@ -75,6 +85,16 @@ struct IsaKernels {
   void (*retract_update)(const RetractJob&, int64_t begin, int64_t end, const double* coefficients);
   void (*gradient_gram)(const GradientJob&, int64_t begin, int64_t end, double* gram);
   void (*gradient_update)(const GradientJob&, int64_t begin, int64_t end, const double* gram);
+
+  void (*adamw)(const AdamwJob&, Outcome*);
+  // In phases: gradient^T factor; moments and step (kept in `steps`, of adamw_steps_bytes)
+  // with the Gram of [Y, step] (2r x 2r); the solve; the update; and, when the solve refuses, the slow way.
+  int64_t (*adamw_steps_bytes)(const AdamwJob&);
+  void (*adamw_coupling)(const AdamwJob&, int64_t begin, int64_t end, double* coupling);
+  void (*adamw_step)(const AdamwJob&, int64_t begin, int64_t end, const double* coupling, void* steps, double* gram);
+  bool (*adamw_solve)(const AdamwJob&, const double* gram, double* coefficients, Outcome*);
+  void (*adamw_update)(const AdamwJob&, int64_t begin, int64_t end, const void* steps, const double* coefficients);
+  void (*adamw_fallback)(const AdamwJob&, const void* steps, Outcome*);
 };
 
 // The table of the best instruction set that this build holds and this processor has. STELLA_KERNELS_ISA names another.

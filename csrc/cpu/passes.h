@@ -59,7 +59,8 @@ struct Panels {
   Panels(const MatrixView* a, const MatrixView* b, bool is_difference, T scale_by, int64_t from, int64_t to)
       : first(a), second(b), difference(is_difference), scale(scale_by), begin(from), end(to) {
     order = b ? 2 * a->r : a->r;
-    padded_order = round_up(order, kGramRows);
+    // Kernels read the second operand's columns in fours as well: room for those past its last.
+    padded_order = round_up(order + (b ? kGramRows - 1 : 0), kGramRows);
     chunk = chunk_rows_for(order, to - from, sizeof(T));
     // Not a multiple of the page: columns of a panel must not all fall into the same cache sets.
     leading = chunk % 256 == 0 ? chunk + kLanes<T> : chunk;
@@ -72,9 +73,12 @@ struct Panels {
   int64_t rows(int64_t i) const { return end - i < chunk ? end - i : chunk; }
   int64_t padded(int64_t i) const { return round_up(rows(i), kLanes<T>); }
 
-  // The panel of the chunk that starts at row i; packed anew unless an earlier pass left it.
+  // Where the panel of the chunk that starts at row i lies.
+  T* slot(int64_t i) const { return storage + (kept ? (i - begin) / chunk * panel_size : 0); }
+
+  // That panel; packed anew unless an earlier pass left it.
   T* at(int64_t i) const {
-    T* panel = storage + (kept ? (i - begin) / chunk * panel_size : 0);
+    T* panel = slot(i);
     if (packed) return panel;
     const int64_t r = first->r, count = rows(i), full = padded(i);
     pack(*first, i, count, full, panel, leading, difference ? T(1) : scale);

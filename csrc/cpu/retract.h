@@ -61,20 +61,15 @@ bool retract_newton_schulz(const RetractJob& job, double limit, Outcome* outcome
   return true;
 }
 
-// M = Y B + Delta itself, scaled into range, then its polar factor by SVD.
-void retract_by_svd(const RetractJob& job, Outcome* outcome) {
-  const int64_t n = job.moved.n, r = job.moved.r;
-  Buffer tall, small;
-  double* Y = tall.reserve<double>(2 * n * r);
-  double* D = Y + n * r;
-  pack<double>(job.previous, 0, n, n, Y, n, 1.0);
-  pack<double>(job.moved, 0, n, n, D, n, 1.0);
+// M = Y B + Delta itself, scaled into range, then its polar factor by SVD. Y and D = Delta before its projection are
+// n x r, column-major, and overwritten.
+void retract_by_svd(double* Y, double* D, const MatrixView& out, Outcome* outcome) {
+  const int64_t n = out.n, r = out.r;
+  Buffer small;
   double* A = small.reserve<double>(r * r);
   double largest = 1.0;
-  for (int64_t k = 0; k < n * r; ++k) {
-    D[k] = D[k] / job.divisor - Y[k] / job.divisor;
+  for (int64_t k = 0; k < n * r; ++k)
     if (absolute(D[k]) > largest) largest = absolute(D[k]);
-  }
   const double scale = power_of_two_scale(largest);  // uf(c M) = uf(M): the whole of M is formed scaled
   for (int64_t k = 0; k < n * r; ++k) D[k] *= scale;
   for (int64_t i = 0; i < r; ++i)
@@ -82,7 +77,18 @@ void retract_by_svd(const RetractJob& job, Outcome* outcome) {
   for (int64_t j = 0; j < r; ++j)
     for (int64_t i = 0; i < r; ++i)
       add_scaled(D + j * n, Y + i * n, (i == j ? scale : 0.0) - 0.5 * (A[i * r + j] + A[j * r + i]), n);
-  svd_to(D, job.moved, outcome);
+  svd_to(D, out, outcome);
+}
+
+void retract_by_svd(const RetractJob& job, Outcome* outcome) {
+  const int64_t n = job.moved.n, r = job.moved.r;
+  Buffer tall;
+  double* Y = tall.reserve<double>(2 * n * r);
+  double* D = Y + n * r;
+  pack<double>(job.previous, 0, n, n, Y, n, 1.0);
+  pack<double>(job.moved, 0, n, n, D, n, 1.0);
+  for (int64_t k = 0; k < n * r; ++k) D[k] = D[k] / job.divisor - Y[k] / job.divisor;
+  retract_by_svd(Y, D, job.moved, outcome);
 }
 
 void retract(const RetractJob& job, Method method, Outcome* outcome) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <exception>
+#include <memory>
 #include <mutex>
 #include <numeric>
 
@@ -184,6 +185,51 @@ std::vector<Outcome> riemannian_gradient(const Pool& pool, const std::vector<Gra
               [&](int64_t b) { k.gradient_update(job, b * block, std::min(n, (b + 1) * block), gram.data()); });
   }
   run_queue(pool, static_cast<int64_t>(division.whole.size()), [&](int64_t t) { k.gradient(jobs[division.whole[t]]); });
+  return outcomes;
+}
+
+std::vector<Outcome> adamw(const Pool& pool, const std::vector<AdamwJob>& jobs, bool skip_nonfinite) {
+  const IsaKernels& k = kernels();
+  std::vector<Outcome> outcomes(jobs.size());
+  std::vector<MatrixView> matrices;
+  for (const AdamwJob& job : jobs) matrices.push_back(job.gradient);
+  const std::vector<char> finite = all_finite(pool, matrices);
+  bool all = true;
+  for (size_t i = 0; i < jobs.size(); ++i)
+    if (!finite[i]) {
+      outcomes[i].status = Status::non_finite;
+      all = false;
+    }
+  if (!all && !skip_nonfinite) return outcomes;
+
+  const Division division = divide(pool, matrices, true);
+  for (const int64_t i : division.shared) {
+    if (!finite[i]) continue;
+    const AdamwJob& job = jobs[i];
+    const int64_t n = job.factor.n, r = job.factor.r, block = k.plan(n, r, job.factor.storage, true).block_rows;
+    std::vector<double> coupling(r * r), gram(4 * r * r), coefficients(2 * r * r);
+    if (job.coupling) {
+      for (int64_t a = 0; a < r; ++a)
+        for (int64_t b = 0; b < r; ++b) coupling[b * r + a] = job.coupling[a * r + b];
+    } else {
+      gram_of_blocks(pool, n, block, r * r, coupling.data(),
+                     [&](int64_t b, int64_t e, double* out) { k.adamw_coupling(job, b, e, out); });
+    }
+    const std::unique_ptr<char[]> steps(new char[k.adamw_steps_bytes(job)]);
+    gram_of_blocks(pool, n, block, 4 * r * r, gram.data(), [&](int64_t b, int64_t e, double* out) {
+      k.adamw_step(job, b, e, coupling.data(), steps.get(), out);
+    });
+    if (k.adamw_solve(job, gram.data(), coefficients.data(), &outcomes[i]))
+      run_queue(pool, blocks_of(n, block), [&](int64_t b) {
+        k.adamw_update(job, b * block, std::min(n, (b + 1) * block), steps.get(), coefficients.data());
+      });
+    else
+      k.adamw_fallback(job, steps.get(), &outcomes[i]);
+  }
+  run_queue(pool, static_cast<int64_t>(division.whole.size()), [&](int64_t t) {
+    const int64_t i = division.whole[t];
+    if (finite[i]) k.adamw(jobs[i], &outcomes[i]);
+  });
   return outcomes;
 }
 

@@ -25,6 +25,10 @@ std::vector<Outcome> project_retract(const Pool& pool, const std::vector<Retract
 // Nothing at all is written when any gradient or factor holds a non-finite value.
 std::vector<Outcome> riemannian_gradient(const Pool& pool, const std::vector<GradientJob>& jobs);
 
+// One Riemannian AdamW step of every factor. Gradients are checked first: if one holds a non-finite value nothing at
+// all is written, or, with skip_nonfinite, that factor alone is left as it is.
+std::vector<Outcome> adamw(const Pool& pool, const std::vector<AdamwJob>& jobs, bool skip_nonfinite);
+
 // Whether each matrix holds finite values only.
 std::vector<char> all_finite(const Pool& pool, const std::vector<MatrixView>& matrices);
 

@@ -59,6 +59,8 @@ inline void householder_qr(double* A, int64_t n, int64_t r, double* R, double* t
 // the sweeps did not converge.
 inline bool jacobi_polar(double* B, double* W, int64_t r, double* X, int* sweeps) {
   const double unit = 1.2e-16;
+  // Cosine of columns that count as orthogonal: LAPACK's dgesvj stops at the same, the round-off of a dot product.
+  const double parallel = 2.0 * unit * __builtin_sqrt(static_cast<double>(r));
   for (int64_t i = 0; i < r * r; ++i) W[i] = 0.0;
   for (int64_t i = 0; i < r; ++i) W[i * r + i] = 1.0;
   double largest = 0.0;
@@ -77,7 +79,7 @@ inline bool jacobi_polar(double* B, double* W, int64_t r, double* X, int* sweeps
         double* bq = B + q * r;
         const double alpha = dot(bp, bp, r), beta = dot(bq, bq, r), gamma = dot(bp, bq, r);
         if (alpha <= negligible && beta <= negligible) continue;
-        if (absolute(gamma) <= unit * static_cast<double>(r) * __builtin_sqrt(alpha) * __builtin_sqrt(beta)) continue;
+        if (absolute(gamma) <= parallel * __builtin_sqrt(alpha) * __builtin_sqrt(beta)) continue;
         if (absolute(gamma) <= negligible) continue;
         const double zeta = (beta - alpha) / (2.0 * gamma);
         const double t = (zeta >= 0.0 ? 1.0 : -1.0) / (absolute(zeta) + __builtin_sqrt(1.0 + zeta * zeta));
