@@ -11,13 +11,14 @@ comes as its ``.mT`` view and is never copied to transpose it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from . import backends as backends  # loads the native library, which registers itself
-from .reference import adapter, philox, stiefel
+from .reference import adamw, adapter, philox, stiefel
 
 STATUS_OK = 0
 STATUS_NON_FINITE = 1
@@ -107,6 +108,69 @@ def _project_retract_reference(
 @torch.library.register_fake("stella_kernels::project_retract_", lib=_library)
 def _project_retract_fake(moved: list[Tensor], previous: list[Tensor], divisors: list[float], method: str) -> Tensor:
     return torch.empty((len(moved), INFO_COLUMNS), dtype=torch.float64)
+
+
+# The whole AdamW step of constrained factors. Every list holds (n, r) views. A row of hyperparameters, (k, 7) float64
+# on the CPU: lr, β₁, β₂, eps, step t (this one counted), divisor of the gradient scaling, sign (−1 to maximize).
+# couplings[i] is K = ∇ᵀY (r, r), or has no elements where it is to be computed. Status 1: a factor, gradient or
+# coupling is not finite, and nothing at all is written, or with skip_nonfinite all factors but those. Status 2: the
+# step itself overflowed, and that factor is not moved.
+_library.define(
+    "stella_adamw_(Tensor(a!)[] factors, Tensor[] gradients, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor[] couplings, Tensor hyperparameters, bool skip_nonfinite) -> Tensor"
+)
+
+
+@torch.library.impl(_library, "stella_adamw_", "CompositeExplicitAutograd")
+def _stella_adamw_reference(
+    factors: list[Tensor],
+    gradients: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    couplings: list[Tensor],
+    hyperparameters: Tensor,
+    skip_nonfinite: bool,
+) -> Tensor:
+    settings = hyperparameters.tolist()
+    given = list(zip(factors, gradients, exp_avgs, exp_avg_sqs, couplings, settings, strict=True))
+    finite = [all(bool(t.isfinite().all()) for t in (Y, G, K)) for Y, G, _, _, K, _ in given]
+    if not all(finite) and not skip_nonfinite:
+        return _info([[STATUS_OK if ok else STATUS_NON_FINITE, 0.0, 0.0, 0.0] for ok in finite])
+    rows: list[list[float]] = []
+    for ok, (factor, gradient, exp_avg, exp_avg_sq, K, row) in zip(finite, given, strict=True):
+        if not ok:
+            rows.append([STATUS_NON_FINITE, float("nan"), 0.0, 0.0])
+            continue
+        wide = _arithmetic_dtype(factor.dtype)
+        lr, beta1, beta2, eps, step, divisor, sign = row
+        Y = factor.to(wide)  # (n, r)
+        D, m, v = adamw.adamw_move(
+            *(Y, gradient.to(wide), exp_avg.to(wide), exp_avg_sq.to(wide)),
+            **{"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "step": step, "divisor": divisor, "sign": sign},
+            coupling=K.to(wide) if K.numel() else None,
+        )
+        moved = Y + stiefel.tangent_projection(Y, D)
+        if not bool(moved.isfinite().all()):
+            rows.append([STATUS_NOT_CONVERGED, float("nan"), 0.0, 0.0])
+            continue
+        Q = stiefel.polar_factor(moved)
+        rows.append([STATUS_OK, float(stiefel.orthonormality_error(Q)), 0.0, PATH_SVD])
+        for old, new in ((factor, Q), (exp_avg, m), (exp_avg_sq, v)):
+            old.copy_(new)
+    return _info(rows)
+
+
+@torch.library.register_fake("stella_kernels::stella_adamw_", lib=_library)
+def _stella_adamw_fake(
+    factors: list[Tensor],
+    gradients: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    couplings: list[Tensor],
+    hyperparameters: Tensor,
+    skip_nonfinite: bool,
+) -> Tensor:
+    return torch.empty((len(factors), INFO_COLUMNS), dtype=torch.float64)
 
 
 # The adapter. Everything is computed in y's dtype (the base layer's, so autocast's inside autocast): x and the factors
@@ -228,3 +292,15 @@ def _adapter_backward_fake(
         for t, need in zip((U, S, Vt), needed, strict=True)
     ]
     return grads[0], grads[1], grads[2]
+
+
+# The reference of every operator, to be called as it is where a native kernel serves torch.ops.stella_kernels.
+REFERENCE: dict[str, Callable[..., object]] = {
+    "polar": _polar_reference,
+    "riemannian_gradient_": _riemannian_gradient_reference,
+    "project_retract_": _project_retract_reference,
+    "stella_adamw_": _stella_adamw_reference,
+    "adapter_forward_": _adapter_forward_reference,
+    "adapter_backward_": _adapter_backward_reference,
+    "philox_dropout": _philox_dropout_reference,
+}
