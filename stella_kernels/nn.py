@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -24,11 +24,15 @@ class StiefelFactor:
         parameter: the parameter, (n, r), or (r, n) where ``transposed``.
         transposed: whether the parameter is stored as the transpose of the tall factor (Vᵀ is).
         name: the parameter's name in its model; error messages carry it.
+        core: the S that this factor multiplies in ``U S Vᵀ``, where the module says; None where it does not.
+        side: 'left' for U, 'right' for V; None without a core.
     """
 
     parameter: nn.Parameter
     transposed: bool
     name: str
+    core: nn.Parameter | None = None
+    side: str | None = None
 
     @property
     def view(self) -> Tensor:
@@ -37,12 +41,19 @@ class StiefelFactor:
         return value.mT if self.transposed else value
 
 
+# (name within its module, parameter, transposed), and of an adapter U S Vᵀ also S and 'left' or 'right'
+OwnFactor = tuple[str, nn.Parameter, bool] | tuple[str, nn.Parameter, bool, nn.Parameter, str]
+
+
 @runtime_checkable
 class HasStiefelFactors(Protocol):
     """A module that owns constrained factors."""
 
-    def own_stiefel_factors(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
-        """Yield (name within this module, parameter, transposed) of each factor that is trained."""
+    def own_stiefel_factors(self) -> Iterator[OwnFactor]:
+        """Yield (name within this module, parameter, transposed) of each factor that is trained.
+
+        Where it is the U or the V of ``x V Sᵀ Uᵀ`` and nothing else, S and 'left' (U) or 'right' (V) may follow.
+        """
         ...
 
 
@@ -50,7 +61,8 @@ def stiefel_factors(model: nn.Module) -> list[StiefelFactor]:
     """The trainable constrained factors of ``model`` and of every module in it, named as in ``named_parameters``.
 
     A module takes part by having a method ``own_stiefel_factors()`` that yields (local name, parameter, transposed).
-    A parameter shared by several modules is listed once, under the first name. Devices and dtypes are left as they are.
+    A parameter shared by several modules is listed once, under the first name, and without a core if they use it with
+    different ones. Devices and dtypes are left as they are.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
@@ -61,9 +73,13 @@ def stiefel_factors(model: nn.Module) -> list[StiefelFactor]:
     for prefix, module in model.named_modules():
         if not isinstance(module, HasStiefelFactors):
             continue
-        for local_name, parameter, transposed in module.own_stiefel_factors():
+        for own in module.own_stiefel_factors():
+            local_name, parameter, transposed = own[:3]
             name = f"{prefix}.{local_name}" if prefix else local_name
-            found.setdefault(id(parameter), StiefelFactor(parameter, transposed, name))
+            factor = StiefelFactor(parameter, transposed, name, *own[3:])
+            first = found.setdefault(id(parameter), factor)
+            if first.core is not factor.core or first.side != factor.side:
+                found[id(parameter)] = replace(first, core=None, side=None)
     return list(found.values())
 
 
@@ -234,11 +250,11 @@ class StellaLinear(nn.Module):
         merged = torch.addmm(weight.to(wide), (self.U @ core).to(wide), self.Vt.to(wide), alpha=self.scale)
         return merged.to(weight.dtype)
 
-    def own_stiefel_factors(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
+    def own_stiefel_factors(self) -> Iterator[OwnFactor]:
         """The factors under the constraint that are trained, for :func:`stiefel_factors`."""
-        for name, parameter, transposed in (("U", self.U, False), ("Vt", self.Vt, True)):
+        for name, parameter, transposed, side in (("U", self.U, False, "left"), ("Vt", self.Vt, True, "right")):
             if parameter.requires_grad:
-                yield name, parameter, transposed
+                yield name, parameter, transposed, self.S, side
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}"

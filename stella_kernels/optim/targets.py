@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def resolve_factors(target: nn.Module | Iterable[StiefelFactor | nn.Parameter]) 
 def _as_factor(index: int, item: StiefelFactor | nn.Parameter) -> StiefelFactor:
     name = f"target[{index}]"
     if isinstance(item, StiefelFactor):
-        return StiefelFactor(item.parameter, item.transposed, item.name or name)
+        return replace(item, name=item.name or name)
     if not isinstance(item, nn.Parameter):
         raise TypeError(
             f"{name}: found {type(item).__name__}, wanted a StiefelFactor or a torch.nn.Parameter "

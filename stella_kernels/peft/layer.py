@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import functional
-from ..nn import init_factors
+from ..nn import OwnFactor, init_factors
 from ..reference.stiefel import orthonormality_error
 from .config import StellaConfig
 
@@ -167,13 +167,14 @@ class StellaLayer(BaseTunerLayer):
         U, S, Vt = (cast(Factor, kind[adapter]).weight for kind in (self.stella_U, self.stella_S, self.stella_Vt))
         return U, S, Vt
 
-    def own_stiefel_factors(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
+    def own_stiefel_factors(self) -> Iterator[OwnFactor]:
         """The trainable ``U`` and ``Vᵀ`` of the active adapters, as ``nn.stiefel_factors`` collects them."""
         for adapter in self._present(self.active_adapters):
-            U, _, Vt = self.factors(adapter)
-            for attribute, parameter, transposed in (("stella_U", U, False), ("stella_Vt", Vt, True)):
-                if parameter.requires_grad:
-                    yield f"{attribute}.{adapter}.weight", parameter, transposed
+            U, S, Vt = self.factors(adapter)
+            if U.requires_grad:
+                yield f"stella_U.{adapter}.weight", U, False, S, "left"
+            if Vt.requires_grad:
+                yield f"stella_Vt.{adapter}.weight", Vt, True, S, "right"
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own also casts to the base layer's dtype; the factors are full-precision masters
