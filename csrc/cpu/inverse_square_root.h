@@ -92,6 +92,16 @@ inline void newton_schulz_factor(const double* a, int64_t r, double* out) {
   }
 }
 
+inline void transpose(double* a, int64_t r) {
+  const int64_t leading = square_leading(r);
+  for (int64_t i = 0; i < r; ++i)
+    for (int64_t j = i + 1; j < r; ++j) {
+      const double upper = a[i * leading + j];
+      a[i * leading + j] = a[j * leading + i];
+      a[j * leading + i] = upper;
+    }
+}
+
 // G and R have leading dimension square_leading(r); G is symmetric. square[0..3] of the scratch are used.
 inline SmallResult inverse_square_root(const double* G, int64_t r, double tolerance, double* R) {
   SmallResult result;
@@ -159,14 +169,17 @@ inline SmallResult inverse_square_root(const double* G, int64_t r, double tolera
       if (++stalled > 1) break;
     }
     previous = error;
+    // Y <- T^T Y and Z <- T Z with T = (3 I - Z Y)/2: the orders in which round-off is damped (Higham 2008, section
+    // 6.4); with Z <- T^T Z it grows until nothing is left, at condition numbers of 100 already.
     newton_schulz_factor(P, r, T);
-    multiply(T, Z, r, P);
-    swap = Z;
-    Z = P;
-    P = swap;
     multiply(T, Y, r, P);
     swap = Y;
     Y = P;
+    P = swap;
+    transpose(T, r);
+    multiply(T, Z, r, P);
+    swap = Z;
+    Z = P;
     P = swap;
     ++result.iterations;
     --remaining;

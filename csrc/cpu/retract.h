@@ -38,7 +38,15 @@ bool retract_coefficients(const double* gram, int64_t r, double tolerance, doubl
   const SmallResult result = inverse_square_root(G, r, tolerance, R);
   outcome->iterations += result.iterations;
   outcome->residual = result.residual;
-  if (!result.converged || !(result.condition <= limit)) return false;
+  // A step along Y cancels in G, and leaves there the round-off of the terms that cancelled.
+  double terms = 1.0, sum = 0.0;
+  for (int64_t i = 0; i < r; ++i) {
+    const double term = gram[(r + i) * order + r + i], left = G[i * leading + i];
+    if (term > terms) terms = term;
+    if (left > sum) sum = left;
+  }
+  const double growth = terms > sum ? terms / sum : 1.0;
+  if (!result.converged || !(result.condition * growth <= limit)) return false;
   multiply(B, R, r, P);
   for (int64_t i = 0; i < r; ++i)
     for (int64_t j = 0; j < r; ++j) {
