@@ -55,7 +55,8 @@ def _load_cpu_library() -> Backend:
             torch.ops.load_library(str(_LIBRARY))
             backend = Backend("cpu", True)
         except OSError as error:
-            backend = Backend("cpu", False, f"the native library does not load beside torch {torch.__version__}: {error}")
+            why_not = f"the native library does not load beside torch {torch.__version__}: {error}"
+            backend = Backend("cpu", False, why_not)
     if choice == "cpu" and not backend.available:
         raise BackendUnavailableError(f"STELLA_KERNELS_BACKEND=cpu: {backend.why_not}.")
     return backend
@@ -73,6 +74,24 @@ def serving(operator: str, device: str = "cpu") -> str:
     """Name of the backend that serves ``operator`` (a name of ``torch.ops.stella_kernels``) on ``device``."""
     native = device == "cpu" and _cpu.available and operator in NATIVE_OPERATORS
     return "cpu" if native else "reference"
+
+
+def passed_over(operator: str, device: str = "cpu") -> dict[str, str]:
+    """Why each other backend does not serve ``operator`` on ``device``: backend name -> reason."""
+    chosen = serving(operator, device)
+    reasons = {}
+    for backend in backends():
+        if backend.name == chosen:
+            continue
+        if not backend.available:
+            reasons[backend.name] = backend.why_not
+        elif backend.name == "reference":
+            reasons[backend.name] = "it serves where no kernel does"
+        elif device != "cpu":
+            reasons[backend.name] = f"its kernels do not run on {device}"
+        else:
+            reasons[backend.name] = "it has no kernel for this operator"
+    return reasons
 
 
 def build_info() -> ModuleType | None:
