@@ -1,0 +1,361 @@
+"""AdamW for models with StelLA adapters: the whole Riemannian step of all constrained factors in one operator call."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.adamw import adamw
+
+from .. import ops
+from ..checks import NonFiniteError, check_choice
+from ..nn import StiefelFactor, stiefel_factors
+from ..reference import stiefel
+from . import targets
+from .coupling import Couplings
+from .plan import LR, STEP, Plan, Slot
+
+
+class StellaAdamW(AdamW):
+    """AdamW that keeps the factors of StelLA adapters on their Stiefel manifolds (arXiv 2510.01938), fused.
+
+    The same steps as ``torch.optim.AdamW`` with ``optim.attach`` (retraction 'polar'), up to round-off, at the price
+    of AdamW's own: for each constrained factor Y (n, r) with gradient ∇, moments of ``g = ∇ − Y ∇ᵀ Y``, AdamW's move
+    with bias correction divided by ``sqrt(n / d)``, projected to the tangent space and retracted, all factors in one
+    operator call per device and dtype. ``.grad`` is left as it is. All other parameters (S, biases, ...) take
+    torch's own decoupled AdamW. No memory beyond AdamW's state; ``state_dict`` is interchangeable with that of
+    ``torch.optim.AdamW`` over the same groups, in both directions.
+
+    Args:
+        params: a model: its trainable constrained factors form one group, without weight decay, and its other trainable
+            parameters a second one; or parameters or groups as for any torch optimizer, constrained factors in groups
+            with ``weight_decay=0``. Factors are float32 or float64; bfloat16 and float16 work at their own precision.
+        lr, betas, eps, weight_decay, maximize, foreach, fused: as in ``torch.optim.AdamW``, also by group; ``lr`` may
+            be a tensor; the last two concern the other parameters only.
+        factors: those to constrain: a model with StelLA adapters, or a sequence of ``StiefelFactor`` or tall parameters
+            (n, r), n > r. Default: ``params``, where that is a model.
+        grad_scaling: True takes d from the model's ``config.hidden_size``, a number is d itself, False is no scaling.
+        retraction: 'polar'. For others, and for amsgrad, ``optim.attach`` serves any torch optimizer.
+        coupled: take ``∇ᵀY`` from the gradient of S where the adapter can promise it (see ``optim.coupling``), which
+            saves a pass over the factors. ``coupled_reason`` says for which factors it cannot, and why.
+        skip_nonfinite: a factor with NaN or infinity in its gradient is left as it is, with its moments and its step
+            count, and counted in ``skipped``, instead of the error below.
+
+    Attributes:
+        factors: the constrained factors, in order.
+        last_info: of the last step, (k, 4) float64 on the CPU, a row for each factor that had a gradient: status,
+            ``‖QᵀQ − I‖``, iterations, path. None before the first step.
+        skipped: how many steps each factor has skipped, by name.
+        coupled_reason: with ``coupled``, by name, why a factor is not coupled.
+
+    Raises:
+        TypeError, ValueError: a wrong argument; a factor that is wide, not orthonormal, not in ``params`` or in a group
+            with weight decay; ``coupled`` where no factor can be.
+        NonFiniteError: a factor holds NaN or an infinity.
+
+    ``step(closure=None)`` raises, with nothing changed, ``ValueError`` for options that are not supported,
+    ``RuntimeError`` for a sparse gradient, ``NonFiniteError`` naming the factors with a NaN or infinite gradient. If
+    the arithmetic of a finite step overflows, ``RuntimeError`` names the factors, which have not moved; others have.
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        factors: nn.Module | Iterable[StiefelFactor | nn.Parameter] | None = None,
+        grad_scaling: bool | float = True,
+        retraction: str = "polar",
+        coupled: bool = False,
+        skip_nonfinite: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ) -> None:
+        check_choice("retraction", retraction, tuple(stiefel.RETRACTIONS))
+        if retraction != "polar":
+            raise ValueError(
+                f"retraction: found {retraction!r}, wanted 'polar', the one StellaAdamW fuses; for others use "
+                f"attach(torch.optim.AdamW(...), model, retraction={retraction!r})."
+            )
+        _refuse({"amsgrad": amsgrad})
+        model = params if isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList) else None
+        if factors is None and model is None:
+            raise ValueError(
+                "factors: found None, wanted the model with StelLA adapters or a sequence of factors, so that it is "
+                "known which of params are constrained; or give the model itself as params."
+            )
+        target: Any = model if factors is None else factors
+        found = targets.resolve_factors(target)
+        targets.check_shapes(found)
+        self._hidden_size: float | None = None
+        if grad_scaling is True:
+            self._hidden_size = targets.hidden_size_of(target if model is None else model)
+        elif grad_scaling is not False:
+            self._hidden_size = targets.check_hidden_size("grad_scaling", grad_scaling)
+        # where new trainable adapters are looked for when their parameters are added later
+        self._target = weakref.ref(target) if isinstance(target, nn.Module) else None
+        groups: Any = params if model is None else _groups(model, found)
+        super().__init__(groups, lr, betas, eps, weight_decay, maximize=maximize, foreach=foreach, fused=fused)
+        self._step_supports_amp_scaling = False  # GradScaler unscales before the step, also where fused
+        targets.check_held(self, found)
+        targets.check_no_weight_decay(self, {id(f.parameter): f.name for f in found})
+        targets.check_orthonormal(found)
+        self.skip_nonfinite = skip_nonfinite
+        self.skipped: Counter[str] = Counter()
+        self.last_info: Tensor | None = None
+        self._coupled = coupled
+        self._constrain(found)
+        if self._couplings is not None and len(self._couplings.reasons) == len(found):
+            raise ValueError(
+                f"coupled: no factor can take its Riemannian gradient from S: {found[0].name}, for example, cannot "
+                f"because {self._couplings.reasons[found[0].name]}. Use coupled=False."
+            )
+
+    @property
+    def factors(self) -> tuple[StiefelFactor, ...]:
+        """The constrained factors, in order."""
+        return tuple(slot.factor for slot in self._slots)
+
+    @property
+    def coupled_reason(self) -> dict[str, str]:
+        """With ``coupled``, why each factor that is not coupled is not, by name."""
+        return {} if self._couplings is None else dict(self._couplings.reasons)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; a factor of the model that was given, trainable only since then, is constrained as well.
+
+        Raises:
+            ValueError: a constrained factor in a group with weight decay, among others; the group is not added.
+        """
+        super().add_param_group(param_group)
+        if "_slots" not in self.__dict__:
+            return  # in the constructor, which checks all groups at its end
+        try:
+            held = {id(p) for p in self.param_groups[-1]["params"]}
+            model = self._target() if self._target is not None else None
+            found = [] if model is None else [f for f in stiefel_factors(model) if id(f.parameter) in held]
+            targets.check_shapes(found)
+            targets.check_no_weight_decay(self, {id(f.parameter): f.name for f in found})
+            targets.check_orthonormal(found)
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        self._constrain([*self.factors, *found])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch; that of ``torch.optim.AdamW`` over the same groups serves as well.
+
+        Raises:
+            ValueError: an option that StellaAdamW does not have, amsgrad for example; nothing is changed.
+        """
+        for group in state_dict.get("param_groups", ()):
+            _refuse(group)
+        super().load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_hidden_size", "_coupled", "skip_nonfinite", "skipped", "last_info")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "_factors": self.factors}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        factors = state.pop("_factors", None)
+        super().__setstate__(state)
+        if factors is not None:  # unpickled or copied, rather than loaded
+            self._target = None
+            self._step_supports_amp_scaling = False
+            self._constrain(factors)
+
+    def _constrain(self, factors: Sequence[StiefelFactor]) -> None:
+        self._slots = [Slot(i, f, self._hidden_size) for i, f in enumerate(factors)]
+        self._slot_of = {id(f.parameter): slot for f, slot in zip(factors, self._slots, strict=True)}
+        self._plan: Plan | None = None
+        held = {id(p) for group in self.param_groups for p in group["params"]}
+        self._couplings = Couplings(factors, held) if self._coupled else None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step from the gradients that the parameters hold, or that ``closure`` computes; returns its value."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        free = self._free_parameters()
+        active = [slot for slot in self._slots if slot.parameter.grad is not None]
+        if active:
+            self._step_factors(active)
+        for group, parameters in zip(self.param_groups, free, strict=True):
+            if parameters:
+                self._step_free(group, parameters)
+        return loss
+
+    def _free_parameters(self) -> list[list[Tensor]]:
+        """The unconstrained parameters of each group that have a gradient; refuses what the step cannot do."""
+        free: list[list[Tensor]] = []
+        held = 0
+        for index, group in enumerate(self.param_groups):
+            _refuse(group)
+            if group["foreach"] and isinstance(group["lr"], Tensor):
+                raise ValueError(f"param_groups[{index}]: found foreach=True and lr as a tensor, which torch refuses.")
+            rest: list[Tensor] = []
+            before = held
+            for p in group["params"]:
+                slot = self._slot_of.get(id(p))
+                if slot is not None:
+                    slot.group = index
+                    held += 1
+                elif p.grad is not None:
+                    if p.grad.layout is not torch.strided:
+                        raise RuntimeError(
+                            f"param_groups[{index}]: found a gradient of layout {p.grad.layout}, wanted dense ones."
+                        )
+                    rest.append(p)
+            if held > before and group["weight_decay"]:
+                targets.check_no_weight_decay(self, {i: slot.factor.name for i, slot in self._slot_of.items()})
+            free.append(rest)
+        if held != len(self._slots):
+            targets.check_held(self, self.factors)
+            raise ValueError(
+                f"param_groups: found {held} places that hold the {len(self._slots)} constrained factors, wanted each "
+                "factor once."
+            )
+        return free
+
+    def _step_free(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        """torch's own AdamW; through its function, since ``super().step()`` would fire the hooks a second time."""
+        moving: list[Tensor] = []
+        gradients: list[Tensor] = []
+        exp_avgs: list[Tensor] = []
+        exp_avg_sqs: list[Tensor] = []
+        steps: list[Tensor] = []
+        has_complex = self._init_group(
+            {**group, "params": parameters}, moving, gradients, exp_avgs, exp_avg_sqs, [], steps
+        )
+        beta1, beta2 = group["betas"]
+        adamw(
+            moving,
+            gradients,
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            steps,
+            foreach=group["foreach"],
+            fused=group["fused"],
+            has_complex=has_complex,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+        )
+
+    def _step_factors(self, active: list[Slot]) -> None:
+        for slot in active:
+            if slot.follow(self.state.get(slot.parameter)):
+                self._plan = None
+        plan = self._planned(active)
+        gradients = [slot.gradient() for slot in active]
+        if len(plan.calls) > 1 and not self.skip_nonfinite:
+            # one call writes nothing when it finds a NaN; several have to be checked beforehand
+            self._refuse_non_finite([s for s, g in zip(active, gradients, strict=True) if not bool(g.isfinite().all())])
+            self._refuse_non_finite([s for s in active if not bool(s.view.isfinite().all())])
+        known: dict[int, Tensor] = {}
+        if self._couplings is not None:
+            by_index = {slot.index: g for slot, g in zip(active, gradients, strict=True)}
+            known = self._couplings.of_step({slot.index: slot.view for slot in active}, by_index)
+        rates = [float(group["lr"]) for group in self.param_groups]
+        info = torch.empty(len(active), ops.INFO_COLUMNS, dtype=torch.float64)
+        for call in plan.calls:
+            slots = [active[i] for i in call.positions]
+            call.hyperparameters[:, LR] = torch.tensor([rates[s.group] for s in slots], dtype=torch.float64)
+            call.hyperparameters[:, STEP] = torch.tensor([s.step.item() + 1 for s in slots], dtype=torch.float64)
+            info[call.positions] = torch.ops.stella_kernels.stella_adamw_(
+                [s.view for s in slots],
+                [gradients[i] for i in call.positions],
+                [s.exp_avg_view for s in slots],
+                [s.exp_avg_sq_view for s in slots],
+                [known.get(s.index, call.unknown) for s in slots],
+                call.hyperparameters,
+                self.skip_nonfinite,
+            )
+        self._finish(active, info)
+
+    def _planned(self, active: list[Slot]) -> Plan:
+        """The operator calls for these factors, with all hyperparameters in place but the learning rates and steps."""
+        constants = [
+            (float(g["betas"][0]), float(g["betas"][1]), float(g["eps"]), -1.0 if g["maximize"] else 1.0)
+            for g in self.param_groups
+        ]
+        groups = [slot.group for slot in active]
+        plan = self._plan
+        if plan is None or plan.active != active or plan.groups != groups or plan.constants != constants:
+            plan = self._plan = Plan(active, groups, constants)
+        return plan
+
+    def _finish(self, active: list[Slot], info: Tensor) -> None:
+        """Book the factors that have taken the step; raise for the others, or count them."""
+        status = [int(s) for s in info[:, 0].tolist()]
+        skipped = [slot for slot, s in zip(active, status, strict=True) if s == ops.STATUS_NON_FINITE]
+        if skipped and not self.skip_nonfinite:
+            self._refuse_non_finite(skipped)
+        done = active
+        if any(status):
+            done = [slot for slot, s in zip(active, status, strict=True) if s == ops.STATUS_OK]
+        for slot in done:
+            if slot.fresh:  # kept only now, so that a step that raises leaves no state behind
+                self.state[slot.parameter] = slot.state
+                slot.fresh = False
+        if done:
+            torch._foreach_add_([slot.step for slot in done], 1)
+        self.skipped.update(slot.factor.name for slot in skipped)
+        self.last_info = info
+        overflowed = [slot for slot, s in zip(active, status, strict=True) if s == ops.STATUS_NOT_CONVERGED]
+        if overflowed:
+            moments = [s for s in overflowed if not bool((s.exp_avg.isfinite() & s.exp_avg_sq.isfinite()).all())]
+            why = "whose moments hold NaN or an infinity" if moments else "whose arithmetic overflowed"
+            raise RuntimeError(
+                f"the step was not taken for {', '.join(s.factor.name for s in overflowed)}, {why}; the other factors "
+                "have taken it. Go on from a checkpoint, with a lower learning rate or clipped gradients."
+            )
+
+    def _refuse_non_finite(self, slots: list[Slot]) -> None:
+        if not slots:
+            return
+        names = [slot.factor.name for slot in slots]
+        values = [slot.factor.name for slot in slots if not bool(slot.view.isfinite().all())]
+        what = f"the value of {', '.join(values)}" if values else f"the gradient of {', '.join(names)}"
+        raise NonFiniteError(
+            f"{what} holds NaN or an infinity; no parameter and no moment was changed. Zero the gradients and look at "
+            "the loss of this batch, or use skip_nonfinite=True to leave such factors out of a step.",
+            names,
+        )
+
+
+def _groups(model: nn.Module, factors: Sequence[StiefelFactor]) -> list[dict[str, Any]]:
+    """The trainable parameters of a model: the constrained ones without weight decay, and the rest."""
+    constrained = {id(f.parameter) for f in factors}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trainable if id(p) in constrained], "weight_decay": 0.0},
+        {"params": [p for p in trainable if id(p) not in constrained]},
+    ]
+
+
+def _refuse(group: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for options of torch's AdamW that StellaAdamW does not have."""
+    for option in ("amsgrad", "capturable", "differentiable"):
+        if group.get(option):
+            raise ValueError(
+                f"{option}: found {group[option]!r}, wanted False: StellaAdamW does not have it; use "
+                f"torch.optim.AdamW({option}=True) with stella_kernels.optim.attach."
+            )

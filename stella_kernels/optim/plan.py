@@ -1,0 +1,104 @@
+"""What the fused AdamW knows of each constrained factor, and the operator calls that a step consists of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..nn import StiefelFactor
+from ..reference import stiefel
+
+# Columns of the operator's hyperparameters that are written at every step.
+LR, STEP = 0, 4
+
+
+class Slot:
+    """A constrained factor and what a step needs of it, kept while its tensors stay the same."""
+
+    def __init__(self, index: int, factor: StiefelFactor, hidden_size: float | None) -> None:
+        self.index = index
+        self.factor = factor
+        self.parameter = factor.parameter
+        self.group = 0
+        self.view = factor.view  # (n, r), the parameter's own memory
+        self.divisor = stiefel.gradient_scaling_divisor(self.view.shape[0], hidden_size)
+        self.state: dict[str, Any] = {}
+        self.fresh = False
+        self.step = self.exp_avg = self.exp_avg_sq = self.exp_avg_view = self.exp_avg_sq_view = torch.empty(0)
+
+    def follow(self, state: dict[str, Any] | None) -> bool:
+        """Renew what has changed since the last step; whether the parameter's own memory has."""
+        moved = self.view.data_ptr() != self.parameter.data_ptr()
+        if moved:
+            self.view = self.factor.view
+        self.fresh = not state
+        if not state:
+            scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32  # as torch does
+            state = {
+                "step": torch.tensor(0.0, dtype=scalar),
+                "exp_avg": torch.zeros_like(self.parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(self.parameter, memory_format=torch.preserve_format),
+            }
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        same = m is self.exp_avg and m.data_ptr() == self.exp_avg_view.data_ptr()  # .data may have been replaced
+        same = same and v is self.exp_avg_sq and v.data_ptr() == self.exp_avg_sq_view.data_ptr()
+        if moved or not same:
+            self.exp_avg_view, self.exp_avg_sq_view = self._tall("exp_avg", state), self._tall("exp_avg_sq", state)
+            self.exp_avg, self.exp_avg_sq = m, v
+        if state["step"].device.type != "cpu":  # of a fused AdamW; read here at every step
+            state["step"] = state["step"].cpu()
+        self.step, self.state = state["step"], state
+        return moved
+
+    def gradient(self) -> Tensor:
+        """The gradient as (n, r)."""
+        gradient = self.parameter.grad
+        assert gradient is not None
+        if gradient.layout is not torch.strided:
+            raise RuntimeError(
+                f"{self.factor.name}: found a gradient of layout {gradient.layout}, wanted a dense one; compute the "
+                "factor's gradient without sparse=True."
+            )
+        return gradient.mT if self.factor.transposed else gradient
+
+    def _tall(self, key: str, state: dict[str, Any]) -> Tensor:
+        moment: Tensor = state[key]
+        p = self.parameter
+        if (moment.device, moment.dtype, moment.shape) != (p.device, p.dtype, p.shape):
+            raise ValueError(
+                f"{self.factor.name}: found a moment {key} of {tuple(moment.shape)}, {moment.dtype} on {moment.device} "
+                f"beside the factor of {tuple(p.shape)}, {p.dtype} on {p.device}; move the optimizer's state along, or "
+                "load its state_dict again."
+            )
+        moment = moment.detach()
+        return moment.mT if self.factor.transposed else moment
+
+
+class Call:
+    """One operator call: places in the list of active factors, and their hyperparameters (k, 7)."""
+
+    def __init__(self, positions: list[int], rows: list[list[float]], unknown: Tensor) -> None:
+        self.positions = positions
+        self.hyperparameters = torch.tensor(rows, dtype=torch.float64)
+        self.unknown = unknown  # stands for a coupling that the operator is to compute
+
+
+class Plan:
+    """The calls of a step, one for each device and dtype, reused while the same factors have gradients."""
+
+    def __init__(
+        self, active: list[Slot], groups: list[int], constants: list[tuple[float, float, float, float]]
+    ) -> None:
+        self.active, self.groups, self.constants = active, groups, constants
+        kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for i, slot in enumerate(active):
+            kinds.setdefault((slot.view.device, slot.view.dtype), []).append(i)
+        self.calls: list[Call] = []
+        for positions in kinds.values():
+            rows = []
+            for i in positions:
+                beta1, beta2, eps, sign = constants[groups[i]]
+                rows.append([0.0, beta1, beta2, eps, 0.0, active[i].divisor, sign])
+            self.calls.append(Call(positions, rows, active[positions[0]].view.new_empty(0)))
