@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import functional
 from .checks import check_choice
 
-INITS = ("rando", "svd_major", "svd_minor", "identity")
+INITS = ("rando", "svd_major", "svd_minor", "zero", "pseudo_zero", "identity")
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,13 +100,15 @@ def init_factors(
     base_weight: Tensor | None = None,
     fan_in_fan_out: bool = False,
 ) -> None:
-    """Fill the factors in place: S with the identity (ones where diagonal), U and V with orthonormal columns.
+    """Fill the factors in place: U and V with orthonormal columns, S with the identity (ones where diagonal) or zero.
 
     Args:
         U: (m, r), S: (r, r) or (r,), Vt: (r, n); any float dtype, computed in float32 at least.
         init: "rando" (uniform on the Stiefel manifold, from torch's default generator), "svd_major" or "svd_minor" (the
-            singular vectors of the base weight with the r largest, or r smallest, singular values), or "identity" (the
-            first r columns of the identity: no randomness, for factors that a checkpoint will fill).
+            singular vectors of the base weight with the r largest, or r smallest, singular values), "zero" (U and V as
+            in "rando", S zero, so that the adapter starts as nothing), "pseudo_zero" (as "rando": the layer takes away
+            the adapter's start, see :class:`StellaLinear`), or "identity" (the first r columns of the identity: no
+            randomness, for factors that a checkpoint will fill). All but the last: arXiv 2510.01938, section 5.5.
         base_weight: (m, n), or (n, m) with ``fan_in_fan_out``; needed by the svd ones, left as it is.
 
     Raises:
@@ -120,7 +122,7 @@ def init_factors(
         )
     if S.shape not in ((r, r), (r,)):
         raise ValueError(f"S: found shape {tuple(S.shape)}, wanted ({r}, {r}), or ({r},) for a diagonal S.")
-    if init == "rando":
+    if init in ("rando", "zero", "pseudo_zero"):
         new_U, new_V = _random_orthonormal(U), _random_orthonormal(Vt.mT)
     elif init == "identity":
         new_U, new_V = torch.eye(m, r, device=U.device), torch.eye(n, r, device=Vt.device)
@@ -128,7 +130,10 @@ def init_factors(
         new_U, new_V = _singular_vectors(base_weight, m, n, r, init, fan_in_fan_out)
     U.copy_(new_U)
     Vt.copy_(new_V.mT)
-    S.copy_(torch.ones_like(S) if S.dim() == 1 else torch.eye(r, dtype=S.dtype, device=S.device))
+    if init == "zero":
+        S.zero_()
+    else:
+        S.copy_(torch.ones_like(S) if S.dim() == 1 else torch.eye(r, dtype=S.dtype, device=S.device))
 
 
 def _singular_vectors(
@@ -158,10 +163,20 @@ def _plain_linear(module: nn.Module) -> nn.Linear | None:
     return None if "forward" in module.__dict__ or any(hooks) else module
 
 
+def subtract_start(y: Tensor, x: Tensor, U0: Tensor, Vt0: Tensor, scale: float) -> Tensor:
+    """``y − s · x V0 U0ᵀ``, (..., m): what "pseudo_zero" takes away. Never dropped out, as if the base had lost it."""
+    minus_identity = U0.new_full((U0.shape[1],), -1.0)
+    return functional.stella_adapter(y, x, U0, minus_identity, Vt0, scale, 0.0, False)
+
+
 class StellaLinear(nn.Module):
     """A frozen linear layer with a trained StelLA adapter: ``base(x) + s · dropout(x) V Sᵀ Uᵀ`` (arXiv 2510.01938).
 
-    S starts as the identity and U, V orthonormal, so the output at the start differs from the base's by s · x V Uᵀ.
+    S starts as the identity and U, V orthonormal, so the output at the start differs from the base's by s · x V Uᵀ;
+    not so with ``init="zero"``, nor with "pseudo_zero". The latter is the paper's start that subtracts s · U S Vᵀ from
+    the base weight (arXiv 2510.01938, section 5.5), done here without touching the weight: the layer keeps the first U
+    and V as buffers U0 and Vt0 and adds ``−s · x V0 U0ᵀ``. That computes the same function, serves bases of any kind,
+    rounds no weight, and is saved with the module; it costs a second adapter's time and memory.
     Train with an optimizer given to ``stella_kernels.optim.attach``, which keeps U and V on their manifolds.
 
     Args:
@@ -175,12 +190,15 @@ class StellaLinear(nn.Module):
         device: where the factors live; default: where the base's first parameter or buffer is.
         dtype: the factors' dtype. Default float32, whatever the base's: bfloat16 cannot hold orthonormal columns.
 
-    Shapes: U (m, r), S (r, r) or (r,), Vt (r, n).
+    Shapes: U (m, r), S (r, r) or (r,), Vt (r, n). With init="pseudo_zero" also the buffers U0 (m, r) and Vt0 (r, n).
 
     Raises:
         TypeError: base has no in_features and out_features.
         ValueError: r out of range, dropout outside [0, 1], unknown init.
     """
+
+    U0: Tensor | None
+    Vt0: Tensor | None
 
     def __init__(
         self,
@@ -219,15 +237,21 @@ class StellaLinear(nn.Module):
         self.Vt = nn.Parameter(torch.empty(r, in_features, device=device, dtype=dtype))
         weight = getattr(base, "weight", None)
         init_factors(self.U, self.S, self.Vt, init, weight if isinstance(weight, Tensor) else None)
+        pseudo_zero = init == "pseudo_zero"
+        self.register_buffer("U0", self.U.detach().clone() if pseudo_zero else None)
+        self.register_buffer("Vt0", self.Vt.detach().clone() if pseudo_zero else None)
         self.base = base.requires_grad_(False)  # last, so that a refused argument leaves the base as it was
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) to (..., m); see :func:`stella_kernels.functional.stella_linear`."""
         factors = (self.U, self.S, self.Vt, self.scale, self.dropout, self.training)
         plain = _plain_linear(self.base)
-        if plain is not None:
+        if plain is not None and self.U0 is None:
             return functional.stella_linear(x, plain.weight, plain.bias, *factors)
-        return functional.stella_adapter(self.base(x), x, *factors)
+        y = self.base(x)
+        if self.U0 is not None and self.Vt0 is not None:
+            y = subtract_start(y, x, self.U0, self.Vt0, self.scale)
+        return functional.stella_adapter(y, x, *factors)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
@@ -248,6 +272,8 @@ class StellaLinear(nn.Module):
         wide = torch.promote_types(weight.dtype, self.U.dtype)
         core = self.S.diag() if self.S.dim() == 1 else self.S
         merged = torch.addmm(weight.to(wide), (self.U @ core).to(wide), self.Vt.to(wide), alpha=self.scale)
+        if self.U0 is not None and self.Vt0 is not None:
+            merged.addmm_(self.U0.to(wide), self.Vt0.to(wide), alpha=-self.scale)
         return merged.to(weight.dtype)
 
     def own_stiefel_factors(self) -> Iterator[OwnFactor]:

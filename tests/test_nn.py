@@ -23,7 +23,10 @@ def dense(layer: StellaLinear, x: Tensor) -> Tensor:
     U, S, Vt, W = (t.detach().double() for t in (layer.U, layer.S, layer.Vt, layer.base.weight))
     core = S.diag() if S.dim() == 1 else S
     bias = 0 if layer.base.bias is None else layer.base.bias.detach().double()
-    return x.detach().double() @ (W + layer.scale * U @ core @ Vt).mT + bias
+    product = U @ core @ Vt
+    if layer.U0 is not None and layer.Vt0 is not None:
+        product -= layer.U0.double() @ layer.Vt0.double()
+    return x.detach().double() @ (W + layer.scale * product).mT + bias
 
 
 class DoubledLinear(nn.Linear):
@@ -189,13 +192,14 @@ def test_bad_arguments_leave_the_base_trainable(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize(("m", "n", "r"), [(40, 24, 5), (24, 40, 24), (7, 7, 1)])
-def test_start_is_orthonormal_with_identity_core(m: int, n: int, r: int, init: str, dtype: torch.dtype) -> None:
+def test_start_is_orthonormal_with_identity_or_zero_core(m: int, n: int, r: int, init: str, dtype: torch.dtype) -> None:
     U, S, Vt = (torch.full(shape, torch.nan, dtype=dtype) for shape in ((m, r), (r, r), (r, n)))
     init_factors(U, S, Vt, init, torch.randn(m, n))
-    assert torch.equal(S, torch.eye(r, dtype=dtype))
+    start = 0 if init == "zero" else 1
+    assert torch.equal(S, start * torch.eye(r, dtype=dtype))
     diagonal = torch.full((r,), torch.nan)
     init_factors(U, diagonal, Vt, init, torch.randn(m, n))
-    assert torch.equal(diagonal, torch.ones(r))
+    assert torch.equal(diagonal, start * torch.ones(r))
     # Householder QR and the SVD are orthonormal to a small multiple of sqrt(length) eps a column, in float32 unless the
     # factor is float64 (the weight here is float32); the store rounds each entry by eps / 2, twice in QᵀQ
     arithmetic = torch.float64 if dtype == torch.float64 and init in ("rando", "identity") else torch.float32
@@ -328,3 +332,61 @@ def test_public_names() -> None:
 def test_import_leaves_peft_alone() -> None:
     code = "import sys, stella_kernels; sys.exit(any(m.split('.')[0] in ('peft', 'transformers') for m in sys.modules))"
     assert subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], check=False).returncode == 0
+
+
+# Starts that leave the base layer's output as it was
+
+
+@pytest.mark.parametrize("opaque", [False, True])
+@pytest.mark.parametrize("diag_s", [False, True])
+@pytest.mark.parametrize("init", ["zero", "pseudo_zero"])
+def test_zero_starts_give_the_output_of_the_base(init: str, diag_s: bool, opaque: bool) -> None:
+    base = (DoubledLinear if opaque else nn.Linear)(12, 9)
+    x = torch.randn(5, 12)
+    wanted, weight = base(x).detach(), base.weight.detach().clone()
+    layer = StellaLinear(base, r=4, alpha=12, diag_s=diag_s, init=init).eval()
+    # s x V Uᵀ is added and taken away again: two products of norm 3 ‖x‖ at most, in float32
+    bound = 0.0 if init == "zero" else 2 * 12 * EPS * 3 * float(x.norm())
+    assert float((layer(x) - wanted).norm()) <= bound + 4 * EPS * float(wanted.norm())
+    assert torch.equal(base.weight, weight)
+    assert float((StellaLinear(nn.Linear(12, 9), r=4, alpha=12)(x) - layer(x)).norm()) > 0.1
+
+
+@pytest.mark.parametrize("diag_s", [False, True])
+def test_pseudo_zero_is_a_base_weight_without_the_first_adapter(diag_s: bool) -> None:
+    """The paper's definition, W − s U₀ V₀ᵀ in the weight: the same output, gradients and merged weight, also later on.
+
+    Dropout would show a start that is dropped too: the two layers draw the same mask from the same seed.
+    """
+    layer = StellaLinear(nn.Linear(12, 9).double(), r=4, alpha=12, dropout=0.4, diag_s=diag_s, init="pseudo_zero")
+    layer = layer.double()
+    assert sorted(n for n, p in layer.named_parameters() if p.requires_grad) == ["S", "U", "Vt"]
+    literal = StellaLinear(copy.deepcopy(layer.base), r=4, alpha=12, dropout=0.4, diag_s=diag_s).double()
+    with torch.no_grad():
+        literal.base.weight -= layer.scale * layer.U @ layer.Vt
+        for name in ("U", "S", "Vt"):  # training has gone on from the start
+            getattr(layer, name).add_(0.1 * torch.randn_like(getattr(layer, name)))
+            getattr(literal, name).copy_(getattr(layer, name))
+    x = torch.randn(6, 12, dtype=torch.float64)
+    results = []
+    for module in (layer, literal):
+        torch.manual_seed(5)
+        inputs = x.clone().requires_grad_()
+        y = module(inputs)
+        y.square().sum().backward()
+        results.append([y.detach(), inputs.grad, module.U.grad, module.S.grad, module.Vt.grad, module.merged_weight()])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours is not None
+        assert theirs is not None
+        # float64 throughout, sizes of a few tens
+        assert float((ours - theirs).norm()) <= 1e-12 * float(theirs.norm())
+
+
+def test_pseudo_zero_is_saved_with_the_module() -> None:
+    first, second = (StellaLinear(nn.Linear(9, 7), r=3, init="pseudo_zero") for _ in range(2))
+    assert {"U0", "Vt0"} < set(first.state_dict())
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(4, 9)
+    assert torch.equal(first(x), second(x))
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*U0"):  # not silently another function
+        StellaLinear(nn.Linear(9, 7), r=3).load_state_dict(first.state_dict())
