@@ -17,8 +17,10 @@ from ..checks import METHODS, NonFiniteError, check_choice
 from ..nn import StiefelFactor
 from ..reference import stiefel
 from . import targets
+from .adamw import StellaAdamW
+from .quotient import Product, QuotientStep, find_products
 
-GEOMETRIES = ("stiefel", "euclidean")
+GEOMETRIES = ("stiefel", "euclidean", "quotient")
 
 # Which attachments an optimizer has; weak on both sides, so that neither is kept alive.
 _attachments: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[Attachment]] = weakref.WeakKeyDictionary()
@@ -50,7 +52,10 @@ def attach(
         retraction: 'polar' (a native kernel), 'qr', 'exp_map' or 'cayley' (plain PyTorch; the last two keep the drift
             of a factor instead of correcting it).
         grad_scaling: True takes d from the model's ``config.hidden_size``, a number is d itself, False is no scaling.
-        geometry: 'stiefel', or 'euclidean' for the ablation without constraint, which leaves the optimizer as it is.
+        geometry: 'stiefel'; or, for the paper's ablations, 'euclidean' without constraint, which leaves the optimizer
+            as it is, or 'quotient': U, S and V of a module move together, horizontally to the fibres on which U S Vᵀ is
+            constant, in R3MC's metric (see ``optim.quotient``; in plain PyTorch, S full and held by the optimizer).
+            The paper used no gradient scaling with either.
         method: of the polar factor, 'auto', 'newton_schulz' or 'svd'.
 
     Raises:
@@ -75,11 +80,12 @@ def attach(
     factors = targets.resolve_factors(target)
     hidden_size: float | None = None
     if grad_scaling is True:
-        hidden_size = targets.hidden_size_of(target) if geometry == "stiefel" else None
+        hidden_size = targets.hidden_size_of(target) if geometry != "euclidean" else None
     elif grad_scaling is not False:
         hidden_size = targets.check_hidden_size("grad_scaling", grad_scaling)
     targets.check_shapes(factors)
-    targets.check_held(optimizer, factors)
+    products = find_products(factors) if geometry == "quotient" else []
+    targets.check_held(optimizer, [*factors, *(StiefelFactor(p.core, False, p.core_name) for p in products)])
     attached = {id(f.parameter) for a in _attachments.get(optimizer, ()) for f in a.factors}
     twice = [f.name for f in factors if id(f.parameter) in attached]
     if twice:
@@ -87,10 +93,18 @@ def attach(
             f"target: {', '.join(twice)} already attached to this optimizer, which would retract twice a step; "
             "call .remove() on the first attachment before attaching again."
         )
-    if geometry == "stiefel":
+    if isinstance(optimizer, StellaAdamW):
+        own = {id(f.parameter) for f in optimizer.factors}
+        twice = [f.name for f in factors if id(f.parameter) in own]
+        if twice:
+            raise ValueError(
+                f"target: {', '.join(twice)} already constrained by this StellaAdamW, which retracts by itself; use it "
+                "without attach, or attach to a torch.optim.AdamW."
+            )
+    if geometry != "euclidean":
         targets.check_orthonormal(factors)
         targets.check_no_weight_decay(optimizer, {id(f.parameter): f.name for f in factors})
-    return Attachment(optimizer, factors, retraction, hidden_size, geometry, method)
+    return Attachment(optimizer, factors, retraction, hidden_size, geometry, method, products)
 
 
 def _inside_another_step(optimizer: Optimizer) -> bool:
@@ -125,6 +139,7 @@ class Attachment:
         hidden_size: float | None,
         geometry: str,
         method: str,
+        products: Sequence[Product] = (),
     ) -> None:
         self.factors = tuple(factors)
         self.last_info: Tensor | None = None
@@ -135,9 +150,10 @@ class Attachment:
         self._snapshot: list[Tensor | None] = [None] * len(factors)  # as _views, reused by every step
         self._divisors = [stiefel.gradient_scaling_divisor(v.shape[0], hidden_size) for v in self._views]
         self._active: list[int] | None = None  # the factors of the step under way, between the two hooks
+        self._quotient = QuotientStep(products, retraction, method) if geometry == "quotient" else None
         self._optimizer = weakref.ref(optimizer)
         self._hooks = []
-        if geometry == "stiefel":
+        if geometry != "euclidean":
             self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
             self._hooks.append(optimizer.register_step_post_hook(self._after_step))
         _attachments.setdefault(optimizer, weakref.WeakSet()).add(self)
@@ -173,9 +189,13 @@ class Attachment:
         active = [i for i, f in enumerate(self.factors) if f.parameter.grad is not None]
         gradients = {i: self._gradient(self.factors[i]) for i in active}
         groups = self._groups(active)
-        if len(groups) > 1:  # one call writes nothing when it finds a NaN; several have to be checked beforehand
+        if (
+            len(groups) > 1 or self._quotient is not None
+        ):  # one call writes nothing when it finds a NaN; several have to be checked beforehand
             self._refuse_non_finite([i for i in active if not bool(gradients[i].isfinite().all())])
-        for group in groups:
+        if self._quotient is not None:
+            self._quotient.make_riemannian(gradients, self._views)
+        for group in groups if self._quotient is None else ():
             views = [self._views[i] for i in group]
             info = torch.ops.stella_kernels.riemannian_gradient_([gradients[i] for i in group], views)
             self._refuse_non_finite([i for i, row in zip(group, info.tolist(), strict=True) if row[0] != ops.STATUS_OK])
@@ -191,7 +211,10 @@ class Attachment:
         self._follow_parameters()
         info = torch.zeros(len(self.factors), ops.INFO_COLUMNS, dtype=torch.float64)
         try:
-            for group in self._groups(active):
+            if self._quotient is not None:
+                before = {i: self._buffer(i) for i in active}
+                info[active] = self._quotient.retract(before, self._views, self._divisors)
+            for group in self._groups(active) if self._quotient is None else ():
                 info[group] = self._retract(group)
         except BaseException:
             self._restore(active)
@@ -251,6 +274,8 @@ class Attachment:
     def _restore(self, active: list[int]) -> None:
         for i in active:
             self._views[i].copy_(self._buffer(i))
+        if self._quotient is not None:
+            self._quotient.restore()
 
     def _refuse_non_finite(self, indices: list[int]) -> None:
         if not indices:
