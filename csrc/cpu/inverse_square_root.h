@@ -24,6 +24,17 @@ STELLA_INLINE int64_t square_size(int64_t r) { return round_up(r, kCombineColumn
 STELLA_INLINE double absolute(double x) { return x < 0 ? -x : x; }
 STELLA_INLINE bool is_finite(double x) { return x - x == 0.0; }
 
+inline double dot(const double* a, const double* b, int64_t n) {
+  using V = Vector<double>;
+  V sum = {};
+  int64_t i = 0;
+  for (; i + kLanes<double> <= n; i += kLanes<double>) sum += load<V>(a + i) * load<V>(b + i);
+  double total = 0.0;
+  for (int lane = 0; lane < kLanes<double>; ++lane) total += sum[lane];
+  for (; i < n; ++i) total += a[i] * b[i];
+  return total;
+}
+
 // out = a^T b for r x r matrices with leading dimension square_leading(r), rows padded to four.
 inline void multiply(const double* a, const double* b, int64_t r, double* out) {
   const int64_t leading = square_leading(r);
@@ -57,11 +68,7 @@ inline double largest_eigenvalue(const double* a, int64_t r, double* vectors) {
     if (!(norm > 0.0)) return value;
     for (int64_t i = 0; i < r; ++i) x[i] /= norm;
     value = 0.0;
-    for (int64_t i = 0; i < r; ++i) {
-      double sum = 0.0;
-      for (int64_t j = 0; j < r; ++j) sum += a[i * leading + j] * x[j];
-      y[i] = sum;
-    }
+    for (int64_t i = 0; i < r; ++i) y[i] = dot(a + i * leading, x, r);
     for (int64_t i = 0; i < r; ++i) value += y[i] * y[i];
     value = __builtin_sqrt(value);
     double* swap = x;
@@ -71,14 +78,15 @@ inline double largest_eigenvalue(const double* a, int64_t r, double* vectors) {
   return value;
 }
 
-inline double residual_from_identity(const double* a, int64_t r) {
+// ||a - shift I||_F
+inline double frobenius_norm(const double* a, int64_t r, double shift = 0.0) {
   const int64_t leading = square_leading(r);
   double sum = 0.0;
-  for (int64_t i = 0; i < r; ++i)
-    for (int64_t j = 0; j < r; ++j) {
-      const double e = a[i * leading + j] - (i == j ? 1.0 : 0.0);
-      sum += e * e;
-    }
+  for (int64_t i = 0; i < r; ++i) {
+    const double* row = a + i * leading;
+    const double off = row[i] - shift;
+    sum += dot(row, row, i) + dot(row + i + 1, row + i + 1, r - i - 1) + off * off;
+  }
   return __builtin_sqrt(sum);
 }
 
@@ -121,29 +129,38 @@ inline SmallResult inverse_square_root(const double* G, int64_t r, double tolera
   }
   if (!is_finite(frobenius) || !(trace > 0.0)) return result;
 
-  // Two scalings, each with a bound on ||G/c - I||: Frobenius norm at its best c, Gershgorin's interval at its centre.
-  const double spread = static_cast<double>(r) - trace * trace / frobenius;
-  const double frobenius_bound = __builtin_sqrt(spread > 0.0 ? spread : 0.0) + 1e-15 * static_cast<double>(r);
-  const double gershgorin_bound = low > 0.0 ? (row_sum - low) / (row_sum + low) : 1.0;
-  double scale, bound;
-  if (frobenius_bound < gershgorin_bound && frobenius_bound < 1.0) {
-    scale = frobenius / trace;
-    bound = frobenius_bound;
-  } else if (gershgorin_bound < 1.0) {
-    scale = 0.5 * (row_sum + low);
-    bound = gershgorin_bound;
-  } else {  // no bound: put the spectrum in (0, 1] and measure until there is one
-    const double norm = __builtin_sqrt(frobenius);
-    scale = norm < row_sum ? norm : row_sum;
-    bound = 1.0;
-  }
-
   const int64_t size = square_size(r);
   Scratch& s = scratch();
   double* Y = s.square[0].reserve<double>(size);
   double* Z = s.square[1].reserve<double>(size);
   double* T = s.square[2].reserve<double>(size);
   double* P = s.square[3].reserve<double>(size);
+
+  // Scalings with a bound on E = G/c - I in the spectral norm, cheapest first: the Frobenius norm at its best c,
+  // Gershgorin's interval at its centre, and sqrt(||E^2||_F) for one product.
+  const double spread = static_cast<double>(r) - trace * trace / frobenius;
+  double scale = frobenius / trace;
+  double bound = __builtin_sqrt(spread > 0.0 ? spread : 0.0) + 1e-15 * static_cast<double>(r);
+  const double gershgorin_bound = low > 0.0 ? (row_sum - low) / (row_sum + low) : 1.0;
+  if (gershgorin_bound < bound) {
+    scale = 0.5 * (row_sum + low);
+    bound = gershgorin_bound;
+  }
+  if (bound >= 0.5) {
+    for (int64_t i = 0; i < r * leading; ++i) Y[i] = G[i] * (trace / frobenius);
+    for (int64_t i = 0; i < r; ++i) Y[i * leading + i] -= 1.0;
+    multiply(Y, Y, r, P);
+    const double square_bound = __builtin_sqrt(frobenius_norm(P, r));
+    if (square_bound < bound) {
+      scale = frobenius / trace;
+      bound = square_bound;
+    }
+  }
+  const bool promised = bound < 1.0;
+  if (!promised) {  // put the spectrum in (0, 1] and measure until the error is below one
+    const double norm = __builtin_sqrt(frobenius);
+    scale = norm < row_sum ? norm : row_sum;
+  }
 
   for (int64_t i = 0; i < r * leading; ++i) Y[i] = G[i] / scale;
   newton_schulz_factor(Y, r, T);
@@ -155,12 +172,11 @@ inline SmallResult inverse_square_root(const double* G, int64_t r, double tolera
   result.iterations = 1;
 
   int remaining = steps_for(bound, tolerance) - 1;  // one step is behind us; negative: not known yet
-  const bool promised = bound < 1.0;
   double previous = 1e300;
   int stalled = 0;
   for (;;) {
     multiply(Z, Y, r, P);  // Z Y -> I
-    const double error = residual_from_identity(P, r);
+    const double error = frobenius_norm(P, r, 1.0);
     result.residual = error;
     if (!is_finite(error)) return result;
     if (error <= tolerance || (promised && remaining <= 0)) break;

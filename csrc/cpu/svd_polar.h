@@ -10,17 +10,6 @@ namespace stella::STELLA_ISA {
 
 constexpr int kMaximumSweeps = 60;
 
-inline double dot(const double* a, const double* b, int64_t n) {
-  using V = Vector<double>;
-  V sum = {};
-  int64_t i = 0;
-  for (; i + kLanes<double> <= n; i += kLanes<double>) sum += load<V>(a + i) * load<V>(b + i);
-  double total = 0.0;
-  for (int lane = 0; lane < kLanes<double>; ++lane) total += sum[lane];
-  for (; i < n; ++i) total += a[i] * b[i];
-  return total;
-}
-
 inline void add_scaled(double* y, const double* x, double c, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] += c * x[i];
 }
