@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "StellaLinear",
     "__version__",
+    "diagnostics",
     "functional",
     "nn",
     "optim",
@@ -25,6 +26,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name == "peft":  # imported when first asked for: PEFT is optional
-        return import_module(".peft", __name__)
+    if name in ("diagnostics", "peft"):  # imported when first asked for: PEFT is optional, diagnostics a side matter
+        return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
