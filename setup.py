@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -22,18 +23,12 @@ OLDEST_TORCH = (2, 10)  # the first whose stable ABI has parallel_for
 
 
 def missing_for_cpu() -> list[str]:
-    """What the CPU library needs and does not find, each with what to do."""
+    """What the CPU library needs beside torch and does not find, each with what to do."""
     missing = []
-    try:
-        import torch
-    except ImportError:
-        missing.append(
-            "torch is not installed in the environment of this build. Install torch first and build beside it: "
-            "pip install --no-build-isolation ."
-        )
-    else:
-        if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
-            missing.append(f"torch {torch.__version__} is older than {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}; upgrade torch.")
+    import torch
+
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+        missing.append(f"torch {torch.__version__} is older than {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}; upgrade torch.")
     try:
         import pybind11  # noqa: F401
     except ImportError:
@@ -61,7 +56,9 @@ class CMakeBuild(build_ext):
             self.build()
         except subprocess.CalledProcessError as error:
             if MODE == "cpu":
-                sys.exit(f"stella_kernels: STELLA_KERNELS_BUILD=cpu failed: {error}. The compiler's messages are above.")
+                sys.exit(
+                    f"stella_kernels: STELLA_KERNELS_BUILD=cpu failed: {error}. The compiler's messages are above."
+                )
             report_skipped("the CPU library", [f"its build failed: {error}. The compiler's messages are above."])
 
     def build(self) -> None:
@@ -108,6 +105,14 @@ if MODE not in MODES:
     sys.exit(f"stella_kernels: STELLA_KERNELS_BUILD: found {MODE!r}, wanted one of {', '.join(MODES)}.")
 if MODE == "cuda":
     sys.exit("stella_kernels: STELLA_KERNELS_BUILD=cuda: this release has no CUDA library; use 'auto' or 'cpu'.")
+
+# A wheel without torch stops at its metadata, an isolated build's first step; an sdist needs nothing compiled.
+BUILDS = {"dist_info", "bdist_wheel", "editable_wheel", "build", "build_ext", "install", "develop"}
+if MODE != "none" and BUILDS.intersection(sys.argv) and importlib.util.find_spec("torch") is None:
+    sys.exit(
+        "stella_kernels: torch is not installed in the environment of this build. Install torch first and build beside "
+        "it: pip install --no-build-isolation . (or STELLA_KERNELS_BUILD=none pip install . for pure Python)."
+    )
 
 setup(
     cmdclass={"build_ext": CMakeBuild},

@@ -117,8 +117,8 @@ def _table(results: list[Result]) -> list[str]:
     groups: dict[tuple[str, ...], list[Result]] = {}
     for result in results:
         case = result.case
-        key = (result.backend, case.operator, case.kind, str(case.dtype).removeprefix("torch."))
-        groups.setdefault(key, []).append(result)
+        group = (result.backend, case.operator, case.kind, str(case.dtype).removeprefix("torch."))
+        groups.setdefault(group, []).append(result)
     header = (
         f"{'backend':<10}{'operator':<22}{'data':<18}{'dtype':<10}{'cases':>5}  {'error':>9}{'tolerance':>11}  worst"
     )

@@ -177,8 +177,8 @@ def _adapter_cases() -> list[Case]:
                         )
                     )
     for dtype in DTYPES:
-        for shape in ((129, 67), (1, 1), (0, 4)):
-            table.append(Case("philox_dropout", "mask", (shape,), dtype, dropout=0.2, quick=True))
+        for x in ((129, 67), (1, 1), (0, 4)):
+            table.append(Case("philox_dropout", "mask", (x,), dtype, dropout=0.2, quick=True))
         table.append(Case("philox_dropout", "mask", ((31, 17),), dtype, "strided", dropout=0.9))
     return table
 
