@@ -17,7 +17,7 @@ import torch
 from .checks import BackendUnavailableError
 
 CHOICES = ("auto", "reference", "cpu")
-NATIVE_OPERATORS = ("polar", "riemannian_gradient_", "project_retract_")
+NATIVE_OPERATORS = ("polar", "riemannian_gradient_", "project_retract_", "stella_adamw_")
 
 _LIBRARY = Path(__file__).parent / "_cpu.so"
 

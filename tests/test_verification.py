@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stella_kernels import __main__ as command
-from stella_kernels import backends, verification
+from stella_kernels import backends, ops, verification
 from stella_kernels.case_table import Case, cases
 
 ROOT = Path(__file__).parent.parent
@@ -158,3 +158,9 @@ def test_unknown_backend_is_an_error() -> None:
     done = run("info", STELLA_KERNELS_BACKEND="fastest")
     assert done.returncode != 0
     assert "STELLA_KERNELS_BACKEND: found 'fastest', wanted one of 'auto', 'reference', 'cpu'" in done.stderr
+
+
+def test_info_agrees_with_the_dispatcher() -> None:
+    for operator in ops.REFERENCE:
+        native = torch._C._dispatch_has_kernel_for_dispatch_key(f"stella_kernels::{operator}", "CPU")
+        assert backends.serving(operator) == ("cpu" if native else "reference"), operator
