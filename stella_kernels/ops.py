@@ -112,9 +112,9 @@ def _project_retract_fake(moved: list[Tensor], previous: list[Tensor], divisors:
 
 # The whole AdamW step of constrained factors. Every list holds (n, r) views. A row of hyperparameters, (k, 7) float64
 # on the CPU: lr, β₁, β₂, eps, step t (this one counted), divisor of the gradient scaling, sign (−1 to maximize).
-# couplings[i] is K = ∇ᵀY (r, r), or has no elements where it is to be computed. Status 1: a factor, gradient or
-# coupling is not finite, and nothing at all is written, or with skip_nonfinite all factors but those. Status 2: the
-# step itself overflowed, and that factor is not moved.
+# couplings[i] is K = ∇ᵀY (r, r), float64 or float32, or has no elements where it is to be computed. Status 1 where a
+# gradient is not finite: nothing at all is written, or with skip_nonfinite all factors but those. Status 1 beside a
+# finite gradient: the factor or its step is not finite; it is not moved (its moments may have been), the others are.
 _library.define(
     "stella_adamw_(Tensor(a!)[] factors, Tensor[] gradients, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor[] couplings, Tensor hyperparameters, bool skip_nonfinite) -> Tensor"
@@ -133,7 +133,7 @@ def _stella_adamw_reference(
 ) -> Tensor:
     settings = hyperparameters.tolist()
     given = list(zip(factors, gradients, exp_avgs, exp_avg_sqs, couplings, settings, strict=True))
-    finite = [all(bool(t.isfinite().all()) for t in (Y, G, K)) for Y, G, _, _, K, _ in given]
+    finite = [bool(gradient.isfinite().all()) for gradient in gradients]
     if not all(finite) and not skip_nonfinite:
         return _info([[STATUS_OK if ok else STATUS_NON_FINITE, 0.0, 0.0, 0.0] for ok in finite])
     rows: list[list[float]] = []
@@ -151,7 +151,7 @@ def _stella_adamw_reference(
         )
         moved = Y + stiefel.tangent_projection(Y, D)
         if not bool(moved.isfinite().all()):
-            rows.append([STATUS_NOT_CONVERGED, float("nan"), 0.0, 0.0])
+            rows.append([STATUS_NON_FINITE, float("nan"), 0.0, 0.0])
             continue
         Q = stiefel.polar_factor(moved)
         rows.append([STATUS_OK, float(stiefel.orthonormality_error(Q)), 0.0, PATH_SVD])

@@ -33,8 +33,9 @@ class Adapter(nn.Module):
         self.Vt = nn.Parameter(orthonormal(n, r, dtype).mT.contiguous())
 
     def own_stiefel_factors(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
-        yield "U", self.U, False
-        yield "Vt", self.Vt, True
+        for name, parameter, transposed in (("U", self.U, False), ("Vt", self.Vt, True)):
+            if parameter.requires_grad:
+                yield name, parameter, transposed
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.Vt.mT @ self.S.mT @ self.U.mT

@@ -59,8 +59,9 @@ class StellaAdamW(AdamW):
         NonFiniteError: a factor holds NaN or an infinity.
 
     ``step(closure=None)`` raises, with nothing changed, ``ValueError`` for options that are not supported,
-    ``RuntimeError`` for a sparse gradient, ``NonFiniteError`` naming the factors with a NaN or infinite gradient. If
-    the arithmetic of a finite step overflows, ``RuntimeError`` names the factors, which have not moved; others have.
+    ``RuntimeError`` for a sparse gradient, ``NonFiniteError`` naming the factors with a NaN or infinite gradient. A
+    factor whose own value or moments are not finite, or whose step overflows, is named by a ``NonFiniteError`` as well
+    and not moved, but by then the other factors are.
     """
 
     def __init__(
@@ -267,8 +268,7 @@ class StellaAdamW(AdamW):
         gradients = [slot.gradient() for slot in active]
         if len(plan.calls) > 1 and not self.skip_nonfinite:
             # one call writes nothing when it finds a NaN; several have to be checked beforehand
-            self._refuse_non_finite([s for s, g in zip(active, gradients, strict=True) if not bool(g.isfinite().all())])
-            self._refuse_non_finite([s for s in active if not bool(s.view.isfinite().all())])
+            _refuse_gradients([s for s, g in zip(active, gradients, strict=True) if not bool(g.isfinite().all())])
         known: dict[int, Tensor] = {}
         if self._couplings is not None:
             by_index = {slot.index: g for slot, g in zip(active, gradients, strict=True)}
@@ -304,13 +304,15 @@ class StellaAdamW(AdamW):
 
     def _finish(self, active: list[Slot], info: Tensor) -> None:
         """Book the factors that have taken the step; raise for the others, or count them."""
-        status = [int(s) for s in info[:, 0].tolist()]
-        skipped = [slot for slot, s in zip(active, status, strict=True) if s == ops.STATUS_NON_FINITE]
-        if skipped and not self.skip_nonfinite:
-            self._refuse_non_finite(skipped)
-        done = active
+        status = info[:, 0].tolist()
+        done, skipped, stuck = active, [], []
         if any(status):
             done = [slot for slot, s in zip(active, status, strict=True) if s == ops.STATUS_OK]
+            others = [slot for slot, s in zip(active, status, strict=True) if s != ops.STATUS_OK]
+            skipped = [slot for slot in others if not bool(slot.gradient().isfinite().all())]
+            stuck = [slot for slot in others if slot not in skipped]
+            if not self.skip_nonfinite:
+                _refuse_gradients(skipped)
         for slot in done:
             if slot.fresh:  # kept only now, so that a step that raises leaves no state behind
                 self.state[slot.parameter] = slot.state
@@ -319,26 +321,15 @@ class StellaAdamW(AdamW):
             torch._foreach_add_([slot.step for slot in done], 1)
         self.skipped.update(slot.factor.name for slot in skipped)
         self.last_info = info
-        overflowed = [slot for slot, s in zip(active, status, strict=True) if s == ops.STATUS_NOT_CONVERGED]
-        if overflowed:
-            moments = [s for s in overflowed if not bool((s.exp_avg.isfinite() & s.exp_avg_sq.isfinite()).all())]
-            why = "whose moments hold NaN or an infinity" if moments else "whose arithmetic overflowed"
-            raise RuntimeError(
-                f"the step was not taken for {', '.join(s.factor.name for s in overflowed)}, {why}; the other factors "
-                "have taken it. Go on from a checkpoint, with a lower learning rate or clipped gradients."
+        if stuck:
+            names = [slot.factor.name for slot in stuck]
+            values = [slot.factor.name for slot in stuck if not bool(slot.view.isfinite().all())]
+            what = f"the value of {', '.join(values)} holds NaN or an infinity" if values else "it overflowed"
+            raise NonFiniteError(
+                f"the step was not taken for {', '.join(names)}, since {what} with finite gradients. The other factors "
+                "have taken it, so go on from a checkpoint, with a lower learning rate or clipped gradients.",
+                names,
             )
-
-    def _refuse_non_finite(self, slots: list[Slot]) -> None:
-        if not slots:
-            return
-        names = [slot.factor.name for slot in slots]
-        values = [slot.factor.name for slot in slots if not bool(slot.view.isfinite().all())]
-        what = f"the value of {', '.join(values)}" if values else f"the gradient of {', '.join(names)}"
-        raise NonFiniteError(
-            f"{what} holds NaN or an infinity; no parameter and no moment was changed. Zero the gradients and look at "
-            "the loss of this batch, or use skip_nonfinite=True to leave such factors out of a step.",
-            names,
-        )
 
 
 def _groups(model: nn.Module, factors: Sequence[StiefelFactor]) -> list[dict[str, Any]]:
@@ -359,3 +350,13 @@ def _refuse(group: dict[str, Any]) -> None:
                 f"{option}: found {group[option]!r}, wanted False: StellaAdamW does not have it; use "
                 f"torch.optim.AdamW({option}=True) with stella_kernels.optim.attach."
             )
+
+
+def _refuse_gradients(slots: list[Slot]) -> None:
+    if slots:
+        names = [slot.factor.name for slot in slots]
+        raise NonFiniteError(
+            f"the gradient of {', '.join(names)} holds NaN or an infinity; no parameter and no moment was changed. "
+            "Zero the gradients and look at the loss of this batch, or leave such factors out: skip_nonfinite=True.",
+            names,
+        )
