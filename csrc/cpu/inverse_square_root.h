@@ -15,7 +15,8 @@ struct SmallResult {
   bool converged = false;
   int iterations = 0;
   double residual = 0.0;   // ||R G R - I||_F
-  double condition = 1.0;  // of G: a bound where one is at hand, else an estimate
+  double condition = 1.0;  // of G
+  bool bounded = false;    // the condition number is a bound, not an estimate
 };
 
 STELLA_INLINE int64_t square_leading(int64_t r) { return round_up(r, kLanes<double>); }
@@ -207,6 +208,7 @@ inline SmallResult inverse_square_root(const double* G, int64_t r, double tolera
   result.converged = result.residual < 0.25;
   if (bound < 0.88) {
     result.condition = (1.0 + bound) / (1.0 - bound);
+    result.bounded = true;
   } else {
     double* vectors = s.vectors.reserve<double>(2 * r);
     const double inverse_root = largest_eigenvalue(R, r, vectors);

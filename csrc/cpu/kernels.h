@@ -23,7 +23,7 @@ struct MatrixView {
 
 struct Outcome {
   Status status = Status::ok;
-  double residual = 0.0;  // ||Q^T Q - I||_F
+  double residual = 0.0;  // ||Q^T Q - I||_F, measured, or bounded where the condition number is
   int iterations = 0;
   Path path = Path::newton_schulz;
 };
@@ -77,6 +77,7 @@ struct IsaKernels {
   // The same in phases, for a matrix shared between threads: Gram of a block of rows into `gram` (order x order
   // float64, order = r or 2r), the small solve, the update of a block of rows. `coefficients` is float64 (order x r).
   void (*polar_gram)(const PolarJob&, int64_t begin, int64_t end, double* gram);
+  // An infinite residual after the solve: it has to be measured on the result (`gram` of polar_update, polar_accept).
   bool (*polar_solve)(const PolarJob&, const double* gram, double* coefficients, Outcome*);
   void (*polar_update)(const PolarJob&, int64_t begin, int64_t end, const double* coefficients, double* gram);
   bool (*polar_accept)(const PolarJob&, const double* gram, Outcome*);

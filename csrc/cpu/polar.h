@@ -9,6 +9,11 @@ namespace stella::STELLA_ISA {
 namespace {
 
 // coefficients (r x r) = G^(-1/2) from the Gram's upper triangle.
+//
+// The residual of Q = M R is that of R G R, plus R E R for the round-off E of the Gram, plus the round-off of the
+// product: with the condition number bounded, unit * sqrt(r) * (2 + 4 condition) covers both. Where it is not, the
+// outcome's residual is infinite: it has to be measured on Q.
+template <typename T>
 bool polar_coefficients(const double* gram, int64_t r, double tolerance, double limit, double* coefficients,
                         Outcome* outcome) {
   Scratch& s = scratch();
@@ -21,6 +26,8 @@ bool polar_coefficients(const double* gram, int64_t r, double tolerance, double 
   if (!result.converged || !(result.condition <= limit)) return false;
   for (int64_t i = 0; i < r; ++i)
     for (int64_t j = 0; j < r; ++j) coefficients[i * r + j] = R[i * leading + j];
+  const double roundoff = unit_roundoff<T>() * __builtin_sqrt(static_cast<double>(r)) * (2.0 + 4.0 * result.condition);
+  outcome->residual = result.bounded ? result.residual + roundoff : __builtin_inf();
   return true;
 }
 
@@ -46,10 +53,14 @@ bool polar_newton_schulz(const PolarJob& job, T scale, double limit, Outcome* ou
   if (!gram_in_range<T>(gram, r)) return false;
   Buffer small;
   double* coefficients = small.reserve<double>(r * r);
-  if (!polar_coefficients(gram, r, solve_tolerance<T>(), limit, coefficients, outcome)) return false;
-  gram = zeroed_gram(r);
-  update_pass(panels, coefficients, 0, false, job.out, gram);
-  outcome->residual = root_of_sum(gram, r, r);
+  if (!polar_coefficients<T>(gram, r, solve_tolerance<T>(), limit, coefficients, outcome)) return false;
+  if (is_finite(outcome->residual)) {
+    update_pass(panels, coefficients, 0, false, job.out, nullptr);
+  } else {
+    gram = zeroed_gram(r);
+    update_pass(panels, coefficients, 0, false, job.out, gram);
+    outcome->residual = root_of_sum(gram, r, r);
+  }
   // Float64 arithmetic on shorter data: the Gram's round-off times its condition number, well below the storage's.
   const bool widened = std::is_same_v<T, double> && job.in.storage != Storage::float64;
   return outcome->residual <= (widened ? residual_limit<float>(r) / 64.0 : residual_limit<T>(r));
@@ -122,9 +133,10 @@ void polar_gram(const PolarJob& job, int64_t begin, int64_t end, double* gram) {
 bool polar_solve(const PolarJob& job, const double* gram, double* coefficients, Outcome* outcome) {
   if (job.in.storage == Storage::float64)
     return gram_in_range<double>(gram, job.in.r) &&
-           polar_coefficients(gram, job.in.r, solve_tolerance<double>(), kDoubleConditionLimit, coefficients, outcome);
-  return gram_in_range<float>(gram, job.in.r) &&
-         polar_coefficients(gram, job.in.r, solve_tolerance<float>(), kFloatConditionLimit, coefficients, outcome);
+           polar_coefficients<double>(gram, job.in.r, solve_tolerance<double>(), kDoubleConditionLimit, coefficients,
+                                      outcome);
+  return gram_in_range<float>(gram, job.in.r) && polar_coefficients<float>(gram, job.in.r, solve_tolerance<float>(),
+                                                                           kFloatConditionLimit, coefficients, outcome);
 }
 
 void polar_update(const PolarJob& job, int64_t begin, int64_t end, const double* coefficients, double* gram) {
