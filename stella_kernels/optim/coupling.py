@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
@@ -36,8 +37,11 @@ class Couplings:
         self.reasons: dict[str, str] = {}
         self._names = [f.name for f in factors]
         self._adapters: dict[int, tuple[nn.Parameter, list[tuple[int, bool]]]] = {}  # id of S: S, (factor, is U)
+        uses = Counter((id(f.core), f.side) for f in factors)
         for index, factor in enumerate(factors):
             reason = _why_not(factor, held)
+            if not reason and uses[id(factor.core), factor.side] > 1:
+                reason = "its S serves several adapters, whose gradients are summed"
             if reason:
                 self.reasons[factor.name] = reason
             else:
