@@ -104,9 +104,9 @@ def test_settings_are_the_active_adapters(retraction):
     model.add_adapter(
         "second", StellaConfig(target_modules=["q_proj"], stella_retraction=retraction, stella_grad_scaling=64.0)
     )
-    assert adapter_settings(model) == ("polar", False)
+    assert adapter_settings(model) == ("polar", False, "stiefel")
     model.set_adapter("second")
-    assert adapter_settings(model) == (retraction, 64.0)
+    assert adapter_settings(model) == (retraction, 64.0, "stiefel")
 
 
 def test_the_configured_scaling_matters(tmp_path):

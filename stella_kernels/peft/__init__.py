@@ -19,12 +19,27 @@ from .model import StellaModel  # noqa: E402
 register(StellaConfig, StellaModel)
 
 if TYPE_CHECKING:
-    from .trainer import StellaCallback, StellaTrainer, StellaTrainerMixin, attach_adapter, parameter_groups
+    from .trainer import (
+        DiagnosticsCallback,
+        StellaCallback,
+        StellaTrainer,
+        StellaTrainerMixin,
+        attach_adapter,
+        parameter_groups,
+    )
 
-_FROM_TRAINER = ("StellaCallback", "StellaTrainer", "StellaTrainerMixin", "attach_adapter", "parameter_groups")
+_FROM_TRAINER = (
+    "DiagnosticsCallback",
+    "StellaCallback",
+    "StellaTrainer",
+    "StellaTrainerMixin",
+    "attach_adapter",
+    "parameter_groups",
+)
 
 __all__ = [
     "OLDEST_PEFT",
+    "DiagnosticsCallback",
     "Linear",
     "StellaCallback",
     "StellaConfig",

@@ -10,7 +10,8 @@ from ..checks import check_choice
 from .registration import extend_peft_type
 
 RETRACTIONS = ("polar", "exp_map", "qr", "cayley")
-INITS = ("rando", "svd_major", "svd_minor")
+GEOMETRIES = ("stiefel", "euclidean", "quotient")
+INITS = ("rando", "svd_major", "svd_minor", "zero", "pseudo_zero")
 BIASES = ("none", "all", "lora_only")
 
 
@@ -24,7 +25,9 @@ class StellaConfig(PeftConfig):
         r: rank; at most the smaller dimension of every layer it is put on.
         lora_alpha: scale of the adapter: ``s = lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``.
         stella_retraction: how ``U`` and ``V`` return to the manifold after a step: ``'polar'``, ``'exp_map'``, ``'qr'``
-            or ``'cayley'``. Read by ``StellaTrainer`` and ``StellaCallback``.
+            or ``'cayley'``. Read, as the geometry is, by ``StellaTrainer`` and ``StellaCallback``.
+        stella_geometry: ``'stiefel'``, or for ablation ``'euclidean'`` (no constraint) or ``'quotient'`` (U, S and V
+            move together, horizontally; S full), see ``optim.attach``.
         stella_diag_s: store ``S`` as a vector of r numbers, the diagonal.
         stella_grad_scaling: divide a factor's step by ``sqrt(n / d)``, n being its long side: ``True`` takes the
             model's hidden size as d, a number is d itself, ``False`` leaves steps alone.
@@ -33,7 +36,11 @@ class StellaConfig(PeftConfig):
         bias: ``'none'``, ``'all'`` or ``'lora_only'`` (biases of the adapted layers).
         init_lora_weights: ``True`` or ``'rando'``: random orthonormal ``U`` and ``V``; ``'svd_major'`` or
             ``'svd_minor'``: singular vectors of ``W`` of the largest or smallest singular values; ``S`` is the
-            identity in all of them. ``False``: the first r columns of the identity, for factors that will be set.
+            identity in all of them. ``'zero'``: random ``U`` and ``V``, ``S`` zero. ``'pseudo_zero'``: as ``'rando'``,
+            and the adapter's start is subtracted again, without touching ``W``: each layer keeps its first ``U`` and
+            ``Vᵀ`` (``stella_U0``, ``stella_Vt0``), which are saved with the adapter, and adds ``−s · U0 V0ᵀ x``, so the
+            published package cannot read such an adapter. ``False``: the first r columns of the identity, for factors
+            that will be set.
 
     Raises:
         ValueError, TypeError: a field outside what it may be; the message names it.
@@ -52,6 +59,9 @@ class StellaConfig(PeftConfig):
     stella_retraction: str = field(
         default="polar", metadata={"help": "Retraction after a step: 'polar', 'exp_map', 'qr' or 'cayley'."}
     )
+    stella_geometry: str = field(
+        default="stiefel", metadata={"help": "Geometry of training: 'stiefel', 'euclidean' or 'quotient'."}
+    )
     stella_diag_s: bool = field(default=False, metadata={"help": "Keep S diagonal, stored as a vector."})
     stella_grad_scaling: bool | float = field(
         default=True, metadata={"help": "Scale steps by sqrt(d / n): True (d = hidden size), False, or the number d."}
@@ -65,7 +75,7 @@ class StellaConfig(PeftConfig):
         default=None, metadata={"help": "Further modules to train in full and to save, such as a new classifier head."}
     )
     init_lora_weights: bool | str = field(
-        default=True, metadata={"help": "True or 'rando', 'svd_major', 'svd_minor', or False."}
+        default=True, metadata={"help": "True or 'rando', 'svd_major', 'svd_minor', 'zero', 'pseudo_zero', or False."}
     )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the layers to adapt; needs target_modules as a list."}
@@ -103,6 +113,12 @@ class StellaConfig(PeftConfig):
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout: found {self.lora_dropout!r}, wanted a probability, 0 <= p < 1.")
         check_choice("stella_retraction", self.stella_retraction, RETRACTIONS)
+        check_choice("stella_geometry", self.stella_geometry, GEOMETRIES)
+        if self.stella_geometry == "quotient" and self.stella_diag_s:
+            raise ValueError(
+                "stella_diag_s: found True with stella_geometry='quotient', wanted False: rotating U and V would not "
+                "leave S diagonal, so there is no quotient to take."
+            )
         check_choice("bias", self.bias, BIASES)
         if not isinstance(self.init_lora_weights, bool):
             check_choice("init_lora_weights", self.init_lora_weights, INITS)

@@ -6,6 +6,7 @@ used. Orientation is explicit: ``U`` is stored (m, r) and ``Vᵀ`` (r, n), so a 
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import functional
-from ..nn import OwnFactor, init_factors
+from ..nn import OwnFactor, init_factors, subtract_start
 from ..reference.stiefel import orthonormality_error
 from .config import StellaConfig
 
@@ -101,7 +102,7 @@ class StellaLayer(BaseTunerLayer):
     """What every StelLA layer holds: factors and settings by adapter name. Mixed into an ``nn.Module``."""
 
     adapter_layer_names = ("stella_U", "stella_S", "stella_Vt")
-    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora")
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "stella_U0", "stella_Vt0")
 
     def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool = False) -> None:
         self.base_layer = base_layer
@@ -122,6 +123,8 @@ class StellaLayer(BaseTunerLayer):
         self.stella_U = nn.ModuleDict()
         self.stella_S = nn.ModuleDict()
         self.stella_Vt = nn.ModuleDict()
+        self.stella_U0 = nn.ModuleDict()  # of adapters that start as 'pseudo_zero'
+        self.stella_Vt0 = nn.ModuleDict()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
@@ -143,6 +146,12 @@ class StellaLayer(BaseTunerLayer):
         Vt = Factor((r, n), dtype, device, "rows")
         self._initialise(U.weight, S.weight, Vt.weight, config.init_lora_weights)
         self.stella_U[adapter_name], self.stella_S[adapter_name], self.stella_Vt[adapter_name] = U, S, Vt
+        for starts, factor in ((self.stella_U0, U), (self.stella_Vt0, Vt)):
+            if config.init_lora_weights == "pseudo_zero":
+                # a frozen parameter, not a buffer: while loading, PEFT looks for meta tensors among parameters only
+                starts[adapter_name] = copy.deepcopy(factor).requires_grad_(False)
+            elif adapter_name in starts:
+                del starts[adapter_name]
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.lora_dropout[adapter_name] = config.lora_dropout
@@ -167,6 +176,12 @@ class StellaLayer(BaseTunerLayer):
         U, S, Vt = (cast(Factor, kind[adapter]).weight for kind in (self.stella_U, self.stella_S, self.stella_Vt))
         return U, S, Vt
 
+    def start(self, adapter: str) -> tuple[Tensor, Tensor] | None:
+        """U0 (m, r) and V0ᵀ (r, n), the start that a 'pseudo_zero' adapter subtracts; None for any other."""
+        if adapter not in self.stella_U0:
+            return None
+        return cast(Factor, self.stella_U0[adapter]).weight, cast(Factor, self.stella_Vt0[adapter]).weight
+
     def own_stiefel_factors(self) -> Iterator[OwnFactor]:
         """The trainable ``U`` and ``Vᵀ`` of the active adapters, as ``nn.stiefel_factors`` collects them."""
         for adapter in self._present(self.active_adapters):
@@ -182,7 +197,7 @@ class StellaLayer(BaseTunerLayer):
             device, _ = _base_device_and_dtype(self.get_base_layer())
         if device is None or device.type == "meta":
             return
-        for attribute in self.adapter_layer_names:
+        for attribute in (*self.adapter_layer_names, "stella_U0", "stella_Vt0"):
             factors = getattr(self, attribute)
             if adapter_name in factors and factors[adapter_name].weight.device.type != "meta":
                 factors[adapter_name].to(device)
@@ -261,7 +276,9 @@ class Linear(nn.Module, StellaLayer):
 
     def _add_adapter(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
         settings = self.scaling[adapter], self.lora_dropout[adapter], self.training
-        return functional.stella_adapter(y, x, *self.factors(adapter), *settings)
+        y = functional.stella_adapter(y, x, *self.factors(adapter), *settings)
+        start = self.start(adapter)
+        return y if start is None else subtract_start(y, x, *start, self.scaling[adapter])
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         if len(x) != len(adapter_names):
@@ -277,10 +294,15 @@ class Linear(nn.Module, StellaLayer):
         return y
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """``s · U S Vᵀ`` in the layout of the base weight, (m, n) or (n, m), in the factors' dtype."""
+        """``s · U S Vᵀ``, less the start of a 'pseudo_zero' adapter, in the base weight's layout, (m, n) or (n, m), in
+        the factors' dtype.
+        """
         U, S, Vt = self.factors(adapter)
         US = U * S if S.dim() == 1 else U @ S  # (m, r)
-        delta = (US @ Vt) * self.scaling[adapter]  # (m, n)
+        product = US @ Vt  # (m, n)
+        if (start := self.start(adapter)) is not None:
+            product = product - start[0] @ start[1]
+        delta = product * self.scaling[adapter]
         return delta.mT if self.fan_in_fan_out else delta
 
     @torch.no_grad()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from ..diagnostics import Recorder
 from ..nn import stiefel_factors
 from ..optim import attach
 from ..optim.attach import Attachment
@@ -15,8 +17,8 @@ from .config import StellaConfig
 from .layer import StellaLayer
 
 
-def adapter_settings(model: nn.Module) -> tuple[str, bool | float]:
-    """(retraction, gradient scaling) that the active StelLA adapters of ``model`` are configured with.
+def adapter_settings(model: nn.Module) -> tuple[str, bool | float, str]:
+    """(retraction, gradient scaling, geometry) that the active StelLA adapters of ``model`` are configured with.
 
     Raises:
         ValueError: there is no active StelLA adapter, or two disagree: an optimizer has one geometry.
@@ -29,17 +31,19 @@ def adapter_settings(model: nn.Module) -> tuple[str, bool | float]:
         raise ValueError(
             "model: found no active StelLA adapter, wanted a model from get_peft_model(model, StellaConfig(...))."
         )
-    settings = {name: (configs[name].stella_retraction, configs[name].stella_grad_scaling) for name in active}
+    fields = ("stella_retraction", "stella_grad_scaling", "stella_geometry")
+    settings = {name: tuple(getattr(configs[name], field) for field in fields) for name in active}
     if len(set(settings.values())) > 1:
         raise ValueError(
-            f"model: active adapters disagree on (stella_retraction, stella_grad_scaling): {settings}; train them one "
-            "after the other, or configure them alike."
+            f"model: active adapters disagree on ({', '.join(fields)}): {settings}; train them one after the other, "
+            "or configure them alike."
         )
-    return settings[active[0]]
+    retraction, grad_scaling, geometry = settings[active[0]]
+    return retraction, grad_scaling, geometry
 
 
 def attach_adapter(optimizer: torch.optim.Optimizer, model: nn.Module) -> Attachment:
-    """``optim.attach(optimizer, model, …)`` with the retraction and gradient scaling of the adapter's configuration.
+    """``optim.attach(optimizer, model, …)`` with what the adapter's configuration says of geometry.
 
     Args:
         optimizer: any torch optimizer over the model's trainable parameters, also wrapped by Accelerate.
@@ -48,8 +52,9 @@ def attach_adapter(optimizer: torch.optim.Optimizer, model: nn.Module) -> Attach
     Raises:
         ValueError: see ``adapter_settings`` and ``optim.attach`` (weight decay on a constrained factor, among others).
     """
-    retraction, grad_scaling = adapter_settings(model)
-    return attach(_unwrap_optimizer(optimizer), model, retraction=retraction, grad_scaling=grad_scaling)
+    retraction, grad_scaling, geometry = adapter_settings(model)
+    inner = _unwrap_optimizer(optimizer)
+    return attach(inner, model, retraction=retraction, grad_scaling=grad_scaling, geometry=geometry)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -150,3 +155,49 @@ class StellaCallback(TrainerCallback):
         if self.attachment is not None:
             self.attachment.remove()
             self.attachment = None
+
+
+class DiagnosticsCallback(TrainerCallback):
+    """Records how orthonormal the factors are and how far they have turned: ``callbacks=[DiagnosticsCallback()]``.
+
+    Args:
+        every: record after each this many steps; the start of training and its end are always recorded.
+        plot: where to write the figure when training ends; None for no figure (``recorder.plot(path)`` draws it later).
+
+    Attributes:
+        recorder: a ``stella_kernels.diagnostics.Recorder``, of the training that ran last. Resumed from a checkpoint,
+            it measures angles to the factors of the checkpoint.
+
+    Raises:
+        ValueError: ``every`` is not a positive whole number.
+    """
+
+    def __init__(self, every: int = 100, plot: str | os.PathLike[str] | None = None) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every: found {every!r}, wanted a whole number of steps, 1 or more.")
+        self.every = every
+        self.plot = plot
+        self.recorder: Recorder | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Copy the factors as they start.
+
+        Raises:
+            ValueError: the model has no trainable StelLA factors.
+        """
+        self.recorder = Recorder(kwargs["model"])
+        self.recorder.record(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Record every so many steps."""
+        if self.recorder is not None and state.global_step % self.every == 0:
+            self.recorder.record(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Record the last step, and draw where asked to, in the first process only."""
+        if self.recorder is None:
+            return
+        if self.recorder.history[-1].step != state.global_step:
+            self.recorder.record(state.global_step)
+        if self.plot is not None and state.is_world_process_zero:
+            self.recorder.plot(self.plot)
