@@ -318,7 +318,8 @@ class StellaAdamW(AdamW):
                 self.state[slot.parameter] = slot.state
                 slot.fresh = False
         if done:
-            torch._foreach_add_([slot.step for slot in done], 1)
+            # as a tensor, or torch makes one of the number for every step counter
+            torch._foreach_add_([slot.step for slot in done], torch.tensor(1.0), alpha=1.0)
         self.skipped.update(slot.factor.name for slot in skipped)
         self.last_info = info
         if stuck:

@@ -47,7 +47,7 @@ class Slot:
         if moved or not same:
             self.exp_avg_view, self.exp_avg_sq_view = self._tall("exp_avg", state), self._tall("exp_avg_sq", state)
             self.exp_avg, self.exp_avg_sq = m, v
-        if state["step"].device.type != "cpu":  # of a fused AdamW; read here at every step
+        if not state["step"].is_cpu:  # of a fused AdamW; read here at every step
             state["step"] = state["step"].cpu()
         self.step, self.state = state["step"], state
         return moved
