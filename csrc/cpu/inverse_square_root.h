@@ -1,8 +1,9 @@
 // R = G^(-1/2) of an r x r symmetric positive definite matrix in float64, by coupled Newton-Schulz.
 //
-// With E_k = I - Z_k Y_k the coupled iteration T = (3 I - Z Y)/2, Y <- Y T, Z <- T Z has the error recursion
-// E_{k+1} = (3 E_k^2 + E_k^3)/4 (Higham, Functions of Matrices, 2008, section 6.4 and theorem 6.9), so a bound on
-// ||E_0|| gives the number of steps before the first product is made.
+// With E = I - Z Y the coupled iteration Y <- Y T, Z <- T Z takes T = I + E/2 + 3 E^2/8, the head of the series of
+// (I - E)^(-1/2), or T = I + E/2 where that is enough (Higham, Functions of Matrices, 2008, sections 5.3 and 6.4). Then
+// I - (I - E) T^2 is 5/8 E^3 + 15/64 E^4 + 9/64 E^5, or 3/4 E^2 + 1/4 E^3: a bound on ||E|| at the start gives the
+// number of steps before the first product is made.
 #pragma once
 
 #include "microkernels.h"
@@ -44,12 +45,19 @@ inline void multiply(const double* a, const double* b, int64_t r, double* out) {
   combine<double>(b, r, leading, blocked, r, nullptr, out, leading, leading);
 }
 
+// Whether to take I + E/2: where it takes an error of norm e below the tolerance, and where no bound below one is known
+// yet, for it amplifies the round-off of an ill-conditioned matrix less.
+STELLA_INLINE bool takes_short_step(double e, double tolerance) {
+  return !(e < 1.0) || e * e * (0.75 + 0.25 * e) <= tolerance;
+}
+
 // Number of steps that take an error of `bound` below `tolerance`, by the recursion; -1 when none is promised.
 inline int steps_for(double bound, double tolerance) {
   if (!(bound < 1.0)) return -1;
   int steps = 0;
   while (bound > tolerance && steps < kMaximumIterations) {
-    bound = 0.75 * bound * bound + 0.25 * bound * bound * bound;
+    const double e = bound, cube = e * e * e;
+    bound = takes_short_step(e, tolerance) ? e * e * (0.75 + 0.25 * e) : cube * (0.625 + e * (15.0 + 9.0 * e) / 64.0);
     ++steps;
   }
   return steps;
@@ -91,16 +99,6 @@ inline double frobenius_norm(const double* a, int64_t r, double shift = 0.0) {
   return __builtin_sqrt(sum);
 }
 
-// T = (3 I - a)/2
-inline void newton_schulz_factor(const double* a, int64_t r, double* out) {
-  const int64_t leading = square_leading(r);
-  for (int64_t i = 0; i < r; ++i) {
-    for (int64_t j = 0; j < r; ++j) out[i * leading + j] = -0.5 * a[i * leading + j];
-    for (int64_t j = r; j < leading; ++j) out[i * leading + j] = 0.0;
-    out[i * leading + i] += 1.5;
-  }
-}
-
 inline void transpose(double* a, int64_t r) {
   const int64_t leading = square_leading(r);
   for (int64_t i = 0; i < r; ++i)
@@ -111,7 +109,25 @@ inline void transpose(double* a, int64_t r) {
     }
 }
 
-// G and R have leading dimension square_leading(r); G is symmetric. square[0..3] of the scratch are used.
+// T of the iteration for P = Z Y, which is overwritten by E = I - P; `error` is a bound on its norm, `square` is
+// scratch.
+inline void iteration_factor(double* P, int64_t r, double error, double tolerance, double* square, double* T) {
+  const int64_t leading = square_leading(r), size = r * leading;
+  for (int64_t i = 0; i < size; ++i) P[i] = -P[i];
+  for (int64_t i = 0; i < r; ++i) P[i * leading + i] += 1.0;
+  if (takes_short_step(error, tolerance)) {
+    for (int64_t i = 0; i < size; ++i) T[i] = 0.5 * P[i];
+  } else {
+    for (int64_t i = 0; i < size; ++i) T[i] = P[i];
+    transpose(T, r);
+    multiply(T, P, r, square);  // P P: P^T P would feed the asymmetry back
+    for (int64_t i = 0; i < size; ++i) T[i] = 0.5 * P[i] + 0.375 * square[i];
+  }
+  for (int64_t i = 0; i < r; ++i) T[i * leading + i] += 1.0;
+}
+
+// G and R have leading dimension square_leading(r); G is symmetric. square[0..3] and square[6..7] of the scratch are
+// used.
 inline SmallResult inverse_square_root(const double* G, int64_t r, double tolerance, double* R) {
   SmallResult result;
   const int64_t leading = square_leading(r);
@@ -136,6 +152,8 @@ inline SmallResult inverse_square_root(const double* G, int64_t r, double tolera
   double* Z = s.square[1].reserve<double>(size);
   double* T = s.square[2].reserve<double>(size);
   double* P = s.square[3].reserve<double>(size);
+  double* square = s.square[6].reserve<double>(size);
+  double* best = s.square[7].reserve<double>(size);
 
   // Scalings with a bound on E = G/c - I in the spectral norm, cheapest first: the Frobenius norm at its best c,
   // Gershgorin's interval at its centre, and sqrt(||E^2||_F) for one product.
@@ -164,7 +182,8 @@ inline SmallResult inverse_square_root(const double* G, int64_t r, double tolera
   }
 
   for (int64_t i = 0; i < r * leading; ++i) Y[i] = G[i] / scale;
-  newton_schulz_factor(Y, r, T);
+  for (int64_t i = 0; i < r * leading; ++i) P[i] = Y[i];
+  iteration_factor(P, r, bound, tolerance, square, T);
   for (int64_t i = 0; i < r * leading; ++i) Z[i] = T[i];
   multiply(T, Y, r, P);
   double* swap = Y;
@@ -174,21 +193,26 @@ inline SmallResult inverse_square_root(const double* G, int64_t r, double tolera
 
   int remaining = steps_for(bound, tolerance) - 1;  // one step is behind us; negative: not known yet
   double previous = 1e300;
-  int stalled = 0;
   for (;;) {
     multiply(Z, Y, r, P);  // Z Y -> I
     const double error = frobenius_norm(P, r, 1.0);
     result.residual = error;
+    if (previous < 0.25 && !(error < 0.5 * previous)) {  // round-off has taken over: the step before was the best
+      if (!(error < previous)) {
+        for (int64_t i = 0; i < r * leading; ++i) Z[i] = best[i];
+        result.residual = previous;
+      }
+      break;
+    }
     if (!is_finite(error)) return result;
     if (error <= tolerance || (promised && remaining <= 0)) break;
     if (result.iterations >= kMaximumIterations) return result;
-    if (error >= 0.5 * previous && error < 0.5) {  // round-off has taken over
-      if (++stalled > 1) break;
-    }
+    if (error < 0.25)
+      for (int64_t i = 0; i < r * leading; ++i) best[i] = Z[i];
     previous = error;
-    // Y <- T^T Y and Z <- T Z with T = (3 I - Z Y)/2: the orders in which round-off is damped (Higham 2008, section
+    // Y <- T^T Y and Z <- T Z with T a polynomial of Z Y: the orders in which round-off is damped (Higham 2008, section
     // 6.4); with Z <- T^T Z it grows until nothing is left, at condition numbers of 100 already.
-    newton_schulz_factor(P, r, T);
+    iteration_factor(P, r, error, tolerance, square, T);
     multiply(T, Y, r, P);
     swap = Y;
     Y = P;
