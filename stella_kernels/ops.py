@@ -33,7 +33,7 @@ INFO_COLUMNS = 4
 _library = torch.library.Library("stella_kernels", "DEF")
 
 _library.define("polar(Tensor M, str method) -> (Tensor, Tensor)")
-_library.define("riemannian_gradient_(Tensor(a!)[] gradients, Tensor[] factors) -> Tensor")
+_library.define("riemannian_gradient_(Tensor(a!)[] gradients, Tensor[] factors, Tensor(b!)[] snapshots) -> Tensor")
 _library.define("project_retract_(Tensor(a!)[] moved, Tensor[] previous, float[] divisors, str method) -> Tensor")
 
 
@@ -73,19 +73,27 @@ def _polar_fake(M: Tensor, method: str) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.impl(_library, "riemannian_gradient_", "CompositeExplicitAutograd")
-def _riemannian_gradient_reference(gradients: list[Tensor], factors: list[Tensor]) -> Tensor:
-    finite = [bool(g.isfinite().all()) and bool(y.isfinite().all()) for g, y in zip(gradients, factors, strict=True)]
-    info = _info([[STATUS_OK if ok else STATUS_NON_FINITE, 0.0, 0.0, 0.0] for ok in finite])
-    if not all(finite):
-        return info
-    for gradient, factor in zip(gradients, factors, strict=True):
+def _riemannian_gradient_reference(gradients: list[Tensor], factors: list[Tensor], snapshots: list[Tensor]) -> Tensor:
+    """∇ ← ∇ − Y ∇ᵀ Y in place; each factor is copied to its snapshot, where there are any.
+
+    Nothing at all is written when a gradient is non-finite. The gradient of a factor that is not finite itself is left
+    as it was.
+    """
+    finite = [bool(gradient.isfinite().all()) for gradient in gradients]
+    status = [STATUS_OK if ok else STATUS_NON_FINITE for ok in finite]
+    for i, (gradient, factor) in enumerate(zip(gradients, factors, strict=True) if all(finite) else ()):
+        if snapshots:
+            snapshots[i].copy_(factor)
+        if not bool(factor.isfinite().all()):
+            status[i] = STATUS_NON_FINITE
+            continue
         wide = _arithmetic_dtype(gradient.dtype)
         gradient.copy_(stiefel.riemannian_gradient(factor.to(wide), gradient.to(wide)))
-    return info
+    return _info([[s, 0.0, 0.0, 0.0] for s in status])
 
 
 @torch.library.register_fake("stella_kernels::riemannian_gradient_", lib=_library)
-def _riemannian_gradient_fake(gradients: list[Tensor], factors: list[Tensor]) -> Tensor:
+def _riemannian_gradient_fake(gradients: list[Tensor], factors: list[Tensor], snapshots: list[Tensor]) -> Tensor:
     return torch.empty((len(gradients), INFO_COLUMNS), dtype=torch.float64)
 
 

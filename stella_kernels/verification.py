@@ -209,8 +209,9 @@ def _gradient(case: Case, run: Implementation) -> Measures:
             G = Y.double() @ G[: shape[-1]]
         gradients.append(_store(G, case))
     before = [(G.clone(), Y.clone()) for (G, _), (Y, _) in zip(gradients, factors, strict=True)]
+    snapshots = [torch.full_like(Y, math.nan) for Y, _ in factors]
     with _poisoned(run, [G for G, _ in gradients]):
-        info = run["riemannian_gradient_"]([G for G, _ in gradients], [Y for Y, _ in factors])
+        info = run["riemannian_gradient_"]([G for G, _ in gradients], [Y for Y, _ in factors], snapshots)
     u, w = _round_off(case.dtype)
     yield "status", float(info[:, 0].abs().sum()), 0.0
     for (G, buffer), (Y, _), (G0, Y0) in zip(gradients, factors, before, strict=True):
@@ -220,6 +221,8 @@ def _gradient(case: Case, run: Implementation) -> Measures:
         yield "value", error, u + _safety(case.dtype) * w * math.sqrt(G.shape[-1])
         yield "factor changed", float((Y != Y0).sum()), 0.0
         yield "written outside", _written_outside(G, buffer), 0.0
+    for snapshot, (_, Y0) in zip(snapshots, before, strict=True):
+        yield "snapshot", float((snapshot != Y0).sum()), 0.0
 
 
 def _retract(case: Case, run: Implementation) -> Measures:

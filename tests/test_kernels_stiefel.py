@@ -87,7 +87,7 @@ def test_scale_of_the_matrix_is_lost(size: tuple[int, int], seed: int, exponent:
 def test_riemannian_gradient_is_tangent(size: tuple[int, int], seed: int) -> None:
     Y = torch.linalg.qr(gaussian(*size, seed)).Q
     G = gaussian(*size, seed + 1)
-    kernels.riemannian_gradient_([G], [Y])
+    kernels.riemannian_gradient_([G], [Y], [])
     H = Y.mT @ G
     assert (H + H.mT).norm() <= 64 * torch.finfo(torch.float64).eps * math.sqrt(size[1]) * G.norm() + 1e-15
 
@@ -102,7 +102,7 @@ def _step(method: str = "auto") -> list[Tensor]:
     previous = [orthonormal(n, r).float().mT.contiguous().mT for n, r in shapes]
     moved = [Y + 0.1 * torch.randn_like(Y) / math.sqrt(Y.shape[0]) for Y in previous]
     gradients = [torch.randn_like(Y) for Y in previous]
-    kernels.riemannian_gradient_(gradients, previous)
+    kernels.riemannian_gradient_(gradients, previous, [])
     kernels.project_retract_(moved, previous, [1.0, 2.0, 0.5, 1.0], method)
     return [*gradients, *moved, kernels.polar(torch.randn(9001, 16), method)[0]]
 
@@ -151,7 +151,7 @@ def test_only_the_factors_of_the_list_are_written(n: int, r: int, dtype: torch.d
         views = (moved.mT, previous.mT) if transposed else (moved, previous)
         for call in (
             lambda: kernels.project_retract_([views[0]], [views[1]], [1.0], "auto"),  # noqa: B023
-            lambda: kernels.riemannian_gradient_([views[0]], [views[1]]),  # noqa: B023
+            lambda: kernels.riemannian_gradient_([views[0]], [views[1]], []),  # noqa: B023
         ):
             start = moved.clone()
             call()
@@ -175,7 +175,7 @@ def test_non_finite(bad: float, dtype: torch.dtype, tall: bool) -> None:
         moved[1][where] = bad
         before = [M.clone() for M in moved]
 
-        info = kernels.riemannian_gradient_(moved, previous)
+        info = kernels.riemannian_gradient_(moved, previous, [])
         assert info[:, 0].tolist() == [ops.STATUS_OK, ops.STATUS_NON_FINITE, ops.STATUS_OK]
         assert all(torch.equal(a, b) or (a is moved[1]) for a, b in zip(moved, before, strict=True))
         assert torch.equal(moved[1].nan_to_num(), before[1].nan_to_num())
@@ -198,7 +198,7 @@ def test_non_finite_factor_stops_the_gradient() -> None:
     Y, G = orthonormal(9, 3), torch.randn(9, 3, dtype=torch.float64)
     Y[4, 1] = math.nan
     before = G.clone()
-    assert kernels.riemannian_gradient_([G], [Y])[0, 0] == ops.STATUS_NON_FINITE
+    assert kernels.riemannian_gradient_([G], [Y], [])[0, 0] == ops.STATUS_NON_FINITE
     assert torch.equal(G, before)
 
 
@@ -275,16 +275,16 @@ def test_bad_arguments() -> None:
     with pytest.raises(RuntimeError, match="same dtype"):
         kernels.project_retract_([Y.float()], [Y], [1.0], "auto")
     with pytest.raises(RuntimeError, match="same shape"):
-        kernels.riemannian_gradient_([Y[:5]], [Y])
+        kernels.riemannian_gradient_([Y[:5]], [Y], [])
     with pytest.raises(RuntimeError, match="found 1 and 0 tensors"):
-        kernels.riemannian_gradient_([Y], [])
+        kernels.riemannian_gradient_([Y], [], [])
     for divisor in (0.0, -1.0, math.nan):
         with pytest.raises(RuntimeError, match="divisors: wanted positive"):
             kernels.project_retract_([Y.clone()], [Y], [divisor], "auto")
 
 
 def test_empty_lists() -> None:
-    assert kernels.riemannian_gradient_([], []).shape == (0, 4)
+    assert kernels.riemannian_gradient_([], [], []).shape == (0, 4)
     assert kernels.project_retract_([], [], [], "auto").shape == (0, 4)
 
 
@@ -299,7 +299,9 @@ def test_opcheck_polar(shape: tuple[int, ...]) -> None:
 def test_opcheck_lists() -> None:
     Y = [orthonormal(9, 3), orthonormal(5, 5)]
     moved = [M + 0.1 for M in Y]
-    torch.library.opcheck(kernels.riemannian_gradient_.default, ([M.clone() for M in moved], Y))
+    torch.library.opcheck(
+        kernels.riemannian_gradient_.default, ([M.clone() for M in moved], Y, [torch.empty_like(y) for y in Y])
+    )
     torch.library.opcheck(kernels.project_retract_.default, (moved, Y, [1.0, 2.0], "auto"))
 
 

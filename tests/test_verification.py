@@ -87,8 +87,10 @@ def _wrong_polar(M: torch.Tensor, method: str) -> tuple[torch.Tensor, torch.Tens
     return Q * (1 + 64 * torch.finfo(Q.dtype).eps), info
 
 
-def _wrong_gradient(gradients: list[torch.Tensor], factors: list[torch.Tensor]) -> torch.Tensor:
-    return torch.ops.stella_kernels.riemannian_gradient_([*gradients[:-1], gradients[-1].clone()], factors)
+def _wrong_gradient(
+    gradients: list[torch.Tensor], factors: list[torch.Tensor], snapshots: list[torch.Tensor]
+) -> torch.Tensor:
+    return torch.ops.stella_kernels.riemannian_gradient_([*gradients[:-1], gradients[-1].clone()], factors, snapshots)
 
 
 def _wrong_retract(

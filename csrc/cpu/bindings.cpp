@@ -153,12 +153,20 @@ std::tuple<Tensor, Tensor> polar(const Tensor& M, const std::string& method) {
   return {Q, info_of(outcomes)};
 }
 
-Tensor riemannian_gradient_(const std::vector<Tensor>& gradients, const std::vector<Tensor>& factors) {
+Tensor riemannian_gradient_(const std::vector<Tensor>& gradients, const std::vector<Tensor>& factors,
+                            const std::vector<Tensor>& snapshots) {
   check_pairs(gradients.size(), factors.size(), "gradients, factors");
+  if (!snapshots.empty()) check_pairs(factors.size(), snapshots.size(), "factors, snapshots");
   std::vector<stella::GradientJob> jobs;
+  jobs.reserve(gradients.size());
   for (size_t i = 0; i < gradients.size(); ++i) {
     check_same(gradients[i], factors[i], "gradients, factors");
-    jobs.push_back({matrix_of(gradients[i], "gradients"), matrix_of(factors[i], "factors")});
+    stella::GradientJob job = {matrix_of(gradients[i], "gradients"), matrix_of(factors[i], "factors"), {}};
+    if (!snapshots.empty()) {
+      check_same(factors[i], snapshots[i], "factors, snapshots");
+      job.snapshot = matrix_of(snapshots[i], "snapshots");
+    }
+    jobs.push_back(job);
   }
   return info_of(stella::riemannian_gradient(pool(), jobs));
 }

@@ -6,13 +6,37 @@
 namespace stella::STELLA_ISA {
 namespace {
 
+// Rows [begin, begin + rows) of the factor to the snapshot, while they are in the cache.
+template <typename T>
+void copy_rows(const GradientJob& job, int64_t begin, int64_t rows, const T* panel, int64_t leading) {
+  const MatrixView &from = job.factor, &to = job.snapshot;
+  if (!to.data) return;
+  const size_t bytes = from.storage == Storage::float64 ? 8 : from.storage == Storage::float32 ? 4 : 2;
+  const bool alike = from.storage == to.storage && from.row_stride == to.row_stride && from.col_stride == to.col_stride;
+  const char* source = static_cast<const char*>(from.data);
+  char* target = static_cast<char*>(to.data);
+  if (alike && from.col_stride == 1 && from.row_stride == from.r) {
+    const size_t offset = static_cast<size_t>(begin * from.r) * bytes;
+    std::memcpy(target + offset, source + offset, static_cast<size_t>(rows * from.r) * bytes);
+  } else if (alike && from.row_stride == 1) {
+    for (int64_t j = 0; j < from.r; ++j) {
+      const size_t offset = static_cast<size_t>(begin + j * from.col_stride) * bytes;
+      std::memcpy(target + offset, source + offset, static_cast<size_t>(rows) * bytes);
+    }
+  } else {
+    unpack(panel, leading, to, begin, rows);  // exact: the panel holds the values themselves
+  }
+}
+
 // K = gradient^T Y, added to `gram` (r x r).
 template <typename T>
-void cross_pass(Panels<T>& panels, double* gram) {
+void cross_pass(const GradientJob& job, Panels<T>& panels, double* gram) {
   const int64_t r = panels.first->r;
   for (int64_t i = panels.begin; i < panels.end; i += panels.chunk) {
     const T* panel = panels.at(i);
-    gram_block(panel, r, panel + r * panels.leading, r, panels.leading, panels.padded(i), gram, r, false);
+    const T* factor = panel + r * panels.leading;
+    copy_rows(job, i, panels.rows(i), factor, panels.leading);
+    gram_block(panel, r, factor, r, panels.leading, panels.padded(i), gram, r, false);
   }
   panels.packed = panels.kept;
 }
@@ -27,20 +51,30 @@ void subtract_pass(const Panels<T>& panels, const MatrixView& gradient, const do
   update_pass(panels, coefficients, r, true, gradient, nullptr);
 }
 
-void gradient(const GradientJob& job) {
+bool coupling_finite(const double* gram, int64_t r) {
+  double sum = 0.0;
+  for (int64_t i = 0; i < r * r; ++i) sum += gram[i] * 0.0;
+  return sum == 0.0;
+}
+
+// A gradient is finite when it comes here; a K that is not finite betrays the factor, and the gradient is left alone.
+void gradient(const GradientJob& job, Outcome* outcome) {
   if (job.gradient.n == 0 || job.gradient.r == 0) return;
   with_arithmetic(job.gradient, [&](auto zero) {
     Panels<decltype(zero)> panels(&job.gradient, &job.factor, false, 1, 0, job.gradient.n);
     double* gram = zeroed_gram(job.gradient.r);
-    cross_pass(panels, gram);
-    subtract_pass(panels, job.gradient, gram);
+    cross_pass(job, panels, gram);
+    if (coupling_finite(gram, job.gradient.r))
+      subtract_pass(panels, job.gradient, gram);
+    else
+      outcome->status = Status::non_finite;
   });
 }
 
 void gradient_gram(const GradientJob& job, int64_t begin, int64_t end, double* gram) {
   with_arithmetic(job.gradient, [&](auto zero) {
     Panels<decltype(zero)> panels(&job.gradient, &job.factor, false, 1, begin, end);
-    cross_pass(panels, gram);
+    cross_pass(job, panels, gram);
   });
 }
 

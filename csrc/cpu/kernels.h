@@ -39,9 +39,10 @@ struct RetractJob {
   double divisor;
 };
 
-// gradient <- gradient - Y (gradient^T Y).
+// gradient <- gradient - Y (gradient^T Y); the factor is copied to the snapshot on the way, where there is one.
 struct GradientJob {
   MatrixView gradient, factor;
+  MatrixView snapshot;  // data is nullptr: none
 };
 
 // The whole Riemannian AdamW step of one factor. All four matrices have one shape; the gradient is read only.
@@ -70,7 +71,7 @@ struct IsaKernels {
 
   void (*polar)(const PolarJob&, Method, Outcome*);
   void (*retract)(const RetractJob&, Method, Outcome*);
-  void (*gradient)(const GradientJob&);
+  void (*gradient)(const GradientJob&, Outcome*);
   // Whether rows [begin, end) hold finite values only.
   bool (*all_finite)(const MatrixView&, int64_t begin, int64_t end);
 

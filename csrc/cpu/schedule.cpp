@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <exception>
 #include <limits>
 #include <memory>
@@ -73,6 +74,17 @@ void gram_of_blocks(const Pool& pool, int64_t n, int64_t block, int64_t size, do
   std::fill(gram, gram + size, 0.0);
   for (int64_t b = 0; b < blocks; ++b)
     for (int64_t i = 0; i < size; ++i) gram[i] += partial[static_cast<size_t>(b * size + i)];
+}
+
+// Gives the outcomes of non-finite matrices their status; false when there is one.
+bool mark_non_finite(const std::vector<char>& finite, std::vector<Outcome>& outcomes) {
+  bool all = true;
+  for (size_t i = 0; i < finite.size(); ++i)
+    if (!finite[i]) {
+      outcomes[i].status = Status::non_finite;
+      all = false;
+    }
+  return all;
 }
 
 }  // namespace
@@ -164,17 +176,8 @@ std::vector<Outcome> riemannian_gradient(const Pool& pool, const std::vector<Gra
   std::vector<Outcome> outcomes(jobs.size());
   std::vector<MatrixView> matrices;
   for (const GradientJob& job : jobs) matrices.push_back(job.gradient);
-  for (const GradientJob& job : jobs) matrices.push_back(job.factor);
-  const std::vector<char> finite = all_finite(pool, matrices);
-  bool all = true;
-  for (size_t i = 0; i < jobs.size(); ++i)
-    if (!finite[i] || !finite[jobs.size() + i]) {
-      outcomes[i].status = Status::non_finite;
-      all = false;
-    }
-  if (!all) return outcomes;
+  if (!mark_non_finite(all_finite(pool, matrices), outcomes)) return outcomes;
 
-  matrices.resize(jobs.size());
   const Division division = divide(pool, matrices, true);
   for (const int64_t i : division.shared) {
     const GradientJob& job = jobs[i];
@@ -182,10 +185,17 @@ std::vector<Outcome> riemannian_gradient(const Pool& pool, const std::vector<Gra
     std::vector<double> gram(r * r);
     gram_of_blocks(pool, n, block, r * r, gram.data(),
                    [&](int64_t b, int64_t e, double* out) { k.gradient_gram(job, b, e, out); });
+    if (!std::all_of(gram.begin(), gram.end(), [](double g) { return std::isfinite(g); })) {
+      outcomes[i].status = Status::non_finite;
+      continue;
+    }
     run_queue(pool, blocks_of(n, block),
               [&](int64_t b) { k.gradient_update(job, b * block, std::min(n, (b + 1) * block), gram.data()); });
   }
-  run_queue(pool, static_cast<int64_t>(division.whole.size()), [&](int64_t t) { k.gradient(jobs[division.whole[t]]); });
+  run_queue(pool, static_cast<int64_t>(division.whole.size()), [&](int64_t t) {
+    const int64_t i = division.whole[t];
+    k.gradient(jobs[i], &outcomes[i]);
+  });
   return outcomes;
 }
 
@@ -195,13 +205,7 @@ std::vector<Outcome> adamw(const Pool& pool, const std::vector<AdamwJob>& jobs, 
   std::vector<MatrixView> matrices;
   for (const AdamwJob& job : jobs) matrices.push_back(job.gradient);
   const std::vector<char> finite = all_finite(pool, matrices);
-  bool all = true;
-  for (size_t i = 0; i < jobs.size(); ++i)
-    if (!finite[i]) {
-      outcomes[i].status = Status::non_finite;
-      all = false;
-    }
-  if (!all && !skip_nonfinite) return outcomes;
+  if (!mark_non_finite(finite, outcomes) && !skip_nonfinite) return outcomes;
 
   const Division division = divide(pool, matrices, true);
   for (const int64_t i : division.shared) {

@@ -22,7 +22,8 @@ std::vector<Outcome> polar(const Pool& pool, const std::vector<PolarJob>& jobs, 
 // A factor with a non-finite value is left as it was found, and its outcome says so.
 std::vector<Outcome> project_retract(const Pool& pool, const std::vector<RetractJob>& jobs, Method method);
 
-// Nothing at all is written when any gradient or factor holds a non-finite value.
+// Nothing at all is written when any gradient holds a non-finite value; the gradient of a factor that does is left
+// alone.
 std::vector<Outcome> riemannian_gradient(const Pool& pool, const std::vector<GradientJob>& jobs);
 
 // One Riemannian AdamW step of every factor. Gradients are checked first: if one holds a non-finite value nothing at

@@ -196,10 +196,11 @@ class Attachment:
         if self._quotient is not None:
             self._quotient.make_riemannian(gradients, self._views)
         for group in groups if self._quotient is None else ():
-            views = [self._views[i] for i in group]
-            info = torch.ops.stella_kernels.riemannian_gradient_([gradients[i] for i in group], views)
+            info = torch.ops.stella_kernels.riemannian_gradient_(
+                [gradients[i] for i in group], [self._views[i] for i in group], [self._buffer(i) for i in group]
+            )
             self._refuse_non_finite([i for i, row in zip(group, info.tolist(), strict=True) if row[0] != ops.STATUS_OK])
-        for group in groups:
+        for group in groups if self._quotient is not None else ():
             torch._foreach_copy_([self._buffer(i) for i in group], [self._views[i] for i in group])
         self._active = active
 
