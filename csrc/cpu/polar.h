@@ -2,6 +2,7 @@
 #pragma once
 
 #include "passes.h"
+#include "row_kernels.h"
 #include "svd_polar.h"
 #include "value_range.h"
 
@@ -44,21 +45,51 @@ bool gram_in_range(const double* gram, int64_t r) {
   return largest >= low;
 }
 
+// The Gram matrix of rows [begin, end), added to `gram`, and the factor of those rows: with panels kept between the two
+// where one object does both.
+template <typename T>
+class PolarPasses {
+ public:
+  PolarPasses(const PolarJob& job, T scale, int64_t begin, int64_t end)
+      : job_(job),
+        by_rows_(std::is_same_v<T, float> && scale == T(1) && row_is_vector(job.in) && row_is_vector(job.out)),
+        panels_(&job.in, nullptr, false, scale, begin, end) {}
+
+  void gram(double* gram) {
+    if (by_rows_)
+      gram_of_rows(job_.in, panels_.begin, panels_.end, gram);
+    else
+      gram_pass(panels_, gram);
+  }
+
+  // With `gram`, adds the Gram matrix of the result.
+  void update(const double* coefficients, double* gram) const {
+    if (!by_rows_) return update_pass(panels_, coefficients, 0, false, job_.out, gram);
+    update_of_rows(job_.in, job_.out, panels_.begin, panels_.end, coefficients);
+    if (gram) gram_of_rows(job_.out, panels_.begin, panels_.end, gram);
+  }
+
+ private:
+  const PolarJob& job_;
+  bool by_rows_;
+  Panels<T> panels_;
+};
+
 template <typename T>
 bool polar_newton_schulz(const PolarJob& job, T scale, double limit, Outcome* outcome) {
   const int64_t n = job.in.n, r = job.in.r;
   double* gram = zeroed_gram(r);
-  Panels<T> panels(&job.in, nullptr, false, scale, 0, n);
-  gram_pass(panels, gram);
+  PolarPasses<T> passes(job, scale, 0, n);
+  passes.gram(gram);
   if (!gram_in_range<T>(gram, r)) return false;
   Buffer small;
   double* coefficients = small.reserve<double>(r * r);
   if (!polar_coefficients<T>(gram, r, solve_tolerance<T>(), limit, coefficients, outcome)) return false;
   if (is_finite(outcome->residual)) {
-    update_pass(panels, coefficients, 0, false, job.out, nullptr);
+    passes.update(coefficients, nullptr);
   } else {
     gram = zeroed_gram(r);
-    update_pass(panels, coefficients, 0, false, job.out, gram);
+    passes.update(coefficients, gram);
     outcome->residual = root_of_sum(gram, r, r);
   }
   // Float64 arithmetic on shorter data: the Gram's round-off times its condition number, well below the storage's.
@@ -124,10 +155,7 @@ void polar(const PolarJob& job, Method method, Outcome* outcome) {
 }
 
 void polar_gram(const PolarJob& job, int64_t begin, int64_t end, double* gram) {
-  with_arithmetic(job.in, [&](auto zero) {
-    Panels<decltype(zero)> panels(&job.in, nullptr, false, 1, begin, end);
-    gram_pass(panels, gram);
-  });
+  with_arithmetic(job.in, [&](auto zero) { PolarPasses<decltype(zero)>(job, 1, begin, end).gram(gram); });
 }
 
 bool polar_solve(const PolarJob& job, const double* gram, double* coefficients, Outcome* outcome) {
@@ -140,10 +168,8 @@ bool polar_solve(const PolarJob& job, const double* gram, double* coefficients, 
 }
 
 void polar_update(const PolarJob& job, int64_t begin, int64_t end, const double* coefficients, double* gram) {
-  with_arithmetic(job.in, [&](auto zero) {
-    const Panels<decltype(zero)> panels(&job.in, nullptr, false, 1, begin, end);
-    update_pass(panels, coefficients, 0, false, job.out, gram);
-  });
+  with_arithmetic(job.in,
+                  [&](auto zero) { PolarPasses<decltype(zero)>(job, 1, begin, end).update(coefficients, gram); });
 }
 
 bool polar_accept(const PolarJob& job, const double* gram, Outcome* outcome) {

@@ -199,7 +199,8 @@ class Attachment:
             info = torch.ops.stella_kernels.riemannian_gradient_(
                 [gradients[i] for i in group], [self._views[i] for i in group], [self._buffer(i) for i in group]
             )
-            self._refuse_non_finite([i for i, row in zip(group, info.tolist(), strict=True) if row[0] != ops.STATUS_OK])
+            if bool(info[:, 0].any()):
+                self._refuse_non_finite([i for i, row in zip(group, info, strict=True) if row[0] != ops.STATUS_OK])
         for group in groups if self._quotient is not None else ():
             torch._foreach_copy_([self._buffer(i) for i in group], [self._views[i] for i in group])
         self._active = active
@@ -221,9 +222,9 @@ class Attachment:
             self._restore(active)
             raise
         self.last_info = info[active]
-        status = {i: int(info[i, 0]) for i in active}
-        if all(s == ops.STATUS_OK for s in status.values()):
+        if not bool(self.last_info[:, 0].any()):
             return
+        status = {i: int(info[i, 0]) for i in active}
         self._restore(active)
         back = (
             "All factors were put back to their values before this step; the other parameters and the optimizer's "
@@ -262,7 +263,8 @@ class Attachment:
         """The factors that one operator call can take: same device, same dtype."""
         groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for i in active:
-            groups.setdefault((self._views[i].device, self._views[i].dtype), []).append(i)
+            view = self._views[i]
+            groups.setdefault((view.device, view.dtype), []).append(i)
         return list(groups.values())
 
     def _buffer(self, index: int) -> Tensor:
