@@ -52,11 +52,12 @@ class PolarPasses {
  public:
   PolarPasses(const PolarJob& job, T scale, int64_t begin, int64_t end)
       : job_(job),
-        by_rows_(std::is_same_v<T, float> && scale == T(1) && row_is_vector(job.in) && row_is_vector(job.out)),
+        by_rows_(std::is_same_v<T, float> && scale == T(1) && rows_are_vectors(job.in) && rows_are_vectors(job.out)),
+        gram_by_rows_(by_rows_ && job.in.r == kRowLanes),
         panels_(&job.in, nullptr, false, scale, begin, end) {}
 
   void gram(double* gram) {
-    if (by_rows_)
+    if (gram_by_rows_)
       gram_of_rows(job_.in, panels_.begin, panels_.end, gram);
     else
       gram_pass(panels_, gram);
@@ -66,12 +67,14 @@ class PolarPasses {
   void update(const double* coefficients, double* gram) const {
     if (!by_rows_) return update_pass(panels_, coefficients, 0, false, job_.out, gram);
     update_of_rows(job_.in, job_.out, panels_.begin, panels_.end, coefficients);
-    if (gram) gram_of_rows(job_.out, panels_.begin, panels_.end, gram);
+    if (!gram) return;
+    Panels<T> result(&job_.out, nullptr, false, T(1), panels_.begin, panels_.end);
+    gram_pass(result, gram);
   }
 
  private:
   const PolarJob& job_;
-  bool by_rows_;
+  bool by_rows_, gram_by_rows_;
   Panels<T> panels_;
 };
 
