@@ -1,4 +1,8 @@
-"""``python -m bench``: the retraction at the factor shapes of Llama-3-8B, Llama-2-7B and ViT-L."""
+"""``python -m bench``: the polar factor at real models' shapes, and the whole optimizer step of a Llama-3-8B.
+
+``python -m bench polar`` or ``step`` runs one of the two. Tables on the terminal, JSON and plots in ``--output``;
+exits with 1 where a promise was missed.
+"""
 
 from __future__ import annotations
 
@@ -6,58 +10,99 @@ import argparse
 import json
 import platform
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
-from bench.plot import save_plot
-from bench.polar import HEADER, measure, table_row, verdicts
-from bench.shapes import MODELS, RANKS, cases
-from bench.timing import measure_machine
+from bench import polar, retract, step, step_memory
+from bench.plot import save_polar_plot, save_step_plot
+from bench.shapes import LLAMA_3_8B, MODELS, RANKS, cases
+from bench.timing import Machine, measure_machine
 
 
-def main() -> int:
-    """Print the table, write JSON and a plot; 1 where a promise was missed."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("bench/results"), help="folder of the JSON and the plot")
-    parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS))
-    parser.add_argument("--seconds", type=float, default=4.0, help="about how long each of the cases is timed")
-    arguments = parser.parse_args()
-
-    machine = measure_machine()
-    description = f"{machine.threads} threads, {machine.flops / 1e9:.0f} GFLOP/s, {machine.bandwidth / 1e9:.0f} GB/s"
-    todo = cases(tuple(arguments.ranks))
-    print(f"Polar factor of a batch of float32 factors; torch {torch.__version__}, {description} (measured here).")
-    for model in MODELS:
-        print(f"  {model.name}: factor heights n = {', '.join(map(str, model.heights))}")
-    print(
-        f"Medians of interleaved runs; about {len(todo) * arguments.seconds * 1.5 / 60:.0f} minutes.\n{HEADER}",
-        flush=True,
-    )
-    rows = []
-    for case in todo:
-        rows.append(measure(case, machine, arguments.seconds))
-        print(table_row(rows[-1]), flush=True)
-
-    arguments.output.mkdir(parents=True, exist_ok=True)
+def _write(path: Path, machine: Machine, **rows: Iterable[object]) -> None:
     record = {
         "torch": str(torch.__version__),
         "platform": platform.platform(),
         "threads": machine.threads,
         "peak_flops": machine.flops,
         "copy_bandwidth": machine.bandwidth,
-        "rows": [row.as_dict() for row in rows],
+        **rows,
     }
-    json_path, plot_path = arguments.output / "polar.json", arguments.output / "polar.png"
-    json_path.write_text(json.dumps(record, indent=1) + "\n")
-    save_plot(rows, plot_path, description)
-    print(f"\nwritten: {json_path}, {plot_path}")
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"written: {path}")
 
-    failed = False
-    for met, text in verdicts(rows):
+
+def _judge(verdicts: Iterable[tuple[bool, str]]) -> bool:
+    every = True
+    for met, text in verdicts:
         print(f"{'met   ' if met else 'MISSED'}  {text}")
-        failed = failed or not met
-    return int(failed)
+        every = every and met
+    return every
+
+
+def _polar(ranks: tuple[int, ...], seconds: float, machine: Machine, output: Path) -> bool:
+    print("\nPolar factor of a batch of float32 factors.")
+    for model in MODELS:
+        print(f"  {model.name}: factor heights n = {', '.join(map(str, model.heights))}")
+    print(polar.HEADER, flush=True)
+    rows = []
+    for case in cases(ranks):
+        rows.append(polar.measure(case, machine, seconds))
+        print(polar.table_row(rows[-1]), flush=True)
+    _write(output / "polar.json", machine, rows=[row.as_dict() for row in rows])
+    save_polar_plot(rows, output / "polar.png", str(machine))
+    return _judge(polar.verdicts(rows))
+
+
+def _step(ranks: tuple[int, ...], seconds: float, machine: Machine, output: Path, memory: bool) -> bool:
+    projections = ", ".join(f"{name} {m}×{n}" for name, (m, n) in LLAMA_3_8B.projections.items())
+    print(f"\nProject and retract, the factors of the linear layers of a {LLAMA_3_8B.name} ({projections}), float32.")
+    print(f"{retract.FORMULA}\n{retract.HEADER}", flush=True)
+    retractions = []
+    for r in ranks:
+        retractions.append(retract.measure(r, machine, seconds / 2))
+        print(retract.table_row(retractions[-1]), flush=True)
+    print(f"\nThe whole optimizer step of the same factors.\n{step.FORMULA}\n{step.HEADER}", flush=True)
+    steps = []
+    for r in ranks:
+        steps.append(step.measure(r, machine, seconds, memory))
+        print(step.table_row(steps[-1]), flush=True)
+    _write(
+        output / "step.json",
+        machine,
+        step=[row.as_dict() for row in steps],
+        project_retract=[row.as_dict() for row in retractions],
+    )
+    save_step_plot(steps, retractions, machine, output / "step.png", str(machine))
+    return _judge((*step.verdicts(steps), *retract.verdicts(retractions)))
+
+
+def main() -> int:
+    """Print the tables, write JSON and plots; 1 where a promise was missed."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("what", nargs="?", choices=("all", "polar", "step"), default="all")
+    parser.add_argument("--output", type=Path, default=Path("bench/results"), help="folder of the JSON and the plots")
+    parser.add_argument("--ranks", type=int, nargs="+", choices=RANKS, default=list(RANKS))
+    parser.add_argument("--seconds", type=float, help="about how long a row is timed (default: 2.5 polar, 8 step)")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory of a step (2 minutes)")
+    arguments = parser.parse_args()
+
+    machine = measure_machine()
+    print(
+        f"torch {torch.__version__}, {machine} (measured here); medians of interleaved runs, ratios of the same round."
+    )
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    ranks, every = tuple(arguments.ranks), True
+    if arguments.what in ("all", "polar"):
+        every &= _polar(ranks, arguments.seconds or 2.5, machine, arguments.output)
+    if arguments.what in ("all", "step"):
+        memory = not arguments.no_memory and step_memory.AVAILABLE
+        every &= _step(ranks, arguments.seconds or 8.0, machine, arguments.output, memory)
+    after = measure_machine()
+    print(f"the machine at the end: {after}")
+    return int(not every)
 
 
 if __name__ == "__main__":

@@ -27,12 +27,32 @@ class ModelShapes:
         """The distinct factor heights n, tallest first."""
         return tuple(sorted({self.hidden, self.mlp, self.key_value}, reverse=True))
 
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """(m, n), out and in features, of each linear layer of one transformer layer."""
+        hidden, mlp, key_value = self.hidden, self.mlp, self.key_value
+        return {
+            "q": (hidden, hidden),
+            "k": (key_value, hidden),
+            "v": (key_value, hidden),
+            "o": (hidden, hidden),
+            "gate": (mlp, hidden),
+            "up": (mlp, hidden),
+            "down": (hidden, mlp),
+        }
+
+    @property
+    def rows(self) -> int:
+        """The summed heights of the factors of one transformer layer."""
+        return sum(m + n for m, n in self.projections.values())
+
 
 MODELS = (
     ModelShapes("Llama-3-8B", hidden=4096, mlp=14336, key_value=1024),
     ModelShapes("Llama-2-7B", hidden=4096, mlp=11008, key_value=4096),
     ModelShapes("ViT-L", hidden=1024, mlp=4096, key_value=1024),
 )
+LLAMA_3_8B = MODELS[0]
 
 
 @dataclass(frozen=True)

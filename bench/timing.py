@@ -13,25 +13,40 @@ MIN_ROUNDS = 5
 MAX_ROUNDS = 50
 
 
-def interleaved_medians(
-    candidates: Mapping[str, Callable[[], object]], seconds: float, min_rounds: int = MIN_ROUNDS
-) -> dict[str, float]:
-    """Median seconds of each candidate, called in turn for about ``seconds`` in all.
+def interleaved_samples(
+    candidates: Mapping[str, Callable[[], object]],
+    seconds: float,
+    prepare: Callable[[str], object] | None = None,
+    min_rounds: int = MIN_ROUNDS,
+) -> dict[str, list[float]]:
+    """Seconds of each call of each candidate, called in turn for about ``seconds`` in all.
 
-    A disturbance on the machine then falls on every candidate alike. The first round warms up and is not counted.
+    A disturbance on the machine then falls on every candidate alike. The first round warms up and is not counted;
+    nor is ``prepare``, called with the candidate's name before each of its calls.
     """
-    for run in candidates.values():
-        run()
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     end = perf_counter() + seconds
-    for done in range(MAX_ROUNDS):
+    for done in range(-1, MAX_ROUNDS):
         if done >= min_rounds and perf_counter() > end:
             break
         for name, run in candidates.items():
+            if prepare is not None:
+                prepare(name)
             start = perf_counter()
             run()
-            samples[name].append(perf_counter() - start)
-    return {name: statistics.median(values) for name, values in samples.items()}
+            if done >= 0:
+                samples[name].append(perf_counter() - start)
+    return samples
+
+
+def interleaved_medians(candidates: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    """Median seconds of each candidate of :func:`interleaved_samples`."""
+    return {name: statistics.median(values) for name, values in interleaved_samples(candidates, seconds).items()}
+
+
+def paired_ratio(samples: Mapping[str, list[float]], above: str, below: str) -> float:
+    """Median over the rounds of the ratio of two candidates: what slows a whole round down cancels."""
+    return statistics.median(a / b for a, b in zip(samples[above], samples[below], strict=True))
 
 
 @dataclass(frozen=True)
@@ -41,6 +56,9 @@ class Machine:
     flops: float  # float32 matrix product, per second
     bandwidth: float  # copy, bytes read and written per second
     threads: int
+
+    def __str__(self) -> str:
+        return f"{self.threads} threads, {self.flops / 1e9:.0f} GFLOP/s, {self.bandwidth / 1e9:.0f} GB/s"
 
     def floor(self, batch: int, n: int, r: int) -> float:
         """The least seconds a polar factor of (batch, n, r) float32 can take.

@@ -1,0 +1,169 @@
+"""The optimizer step for a Llama-3-8B's factors: StellaAdamW, attach, the published hooks, unconstrained AdamW."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from bench.model import OPTIMIZERS, copies, llama_factors
+from bench.shapes import LLAMA_3_8B
+from bench.step_memory import measure_extra_bytes
+from bench.timing import Machine, interleaved_samples, paired_ratio
+
+# 21 million elements: 84 MB of each of factors, gradients and both moments, far out of cache.
+LAYERS = {4: 32, 8: 32, 16: 16, 32: 8, 64: 4, 128: 2}
+# For memory, of which scratch does not grow with the model: as much of its 32 layers as fits a small machine.
+MEMORY_LAYERS = {4: 32, 8: 32, 16: 32, 32: 16, 64: 16, 128: 16}
+
+ADAMW_BYTES = 28  # an element: read Y, ∇, m, v, write Y, m, v
+WANTED_OVER_ADAMW = {8: 2.5, 16: 4.0, 32: 7.0}  # r: at most so many times AdamW (fused)
+WANTED_UNDER_PUBLISHED = {8: 10.0, 16: 15.0, 32: 7.0}  # r: at least so many times faster
+WANTED_EXTRA_MEMORY = 0.05  # of the factors' size, at most
+
+FORMULA = (
+    f"floor of a step: {ADAMW_BYTES} bytes an element over the copy bandwidth (AdamW's own) plus 12 r flops an element "
+    "over the peak product: ∇ᵀY 2r, Y K 2r, the Gram of [Y, Δ] half of 8r, the update 4r.\n"
+    "roofline: the larger of the two instead of their sum, as if memory and arithmetic overlapped without loss."
+)
+
+
+def step_flops(r: int) -> float:
+    """Of the geometry, for each element: see ``FORMULA``; the Gram's diagonal makes the 2."""
+    return 12 * r + 2
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rank: seconds of each optimizer's steps, and their extra bytes over ``memory_layers`` layers."""
+
+    r: int
+    layers: int
+    samples: dict[str, list[float]]
+    memory_seconds: float  # the two parts of the floor
+    arithmetic_seconds: float
+    memory_layers: int
+    extra_bytes: dict[str, int]  # empty where it was not measured
+
+    @property
+    def elements(self) -> int:
+        return self.layers * LLAMA_3_8B.rows * self.r
+
+    def seconds(self, name: str) -> float:
+        return statistics.median(self.samples[name])
+
+    def over_adamw(self, name: str) -> float:
+        return paired_ratio(self.samples, name, "adamw")
+
+    @property
+    def under_published(self) -> float:
+        return paired_ratio(self.samples, "published", "stella_adamw")
+
+    @property
+    def of_floor(self) -> float:
+        return (self.memory_seconds + self.arithmetic_seconds) / self.seconds("stella_adamw")
+
+    @property
+    def of_roofline(self) -> float:
+        return max(self.memory_seconds, self.arithmetic_seconds) / self.seconds("stella_adamw")
+
+    def extra_memory(self, name: str) -> float:
+        """Extra bytes relative to the factors of the same layers; NaN where not measured."""
+        factors = 4 * self.memory_layers * LLAMA_3_8B.rows * self.r
+        return self.extra_bytes[name] / factors if name in self.extra_bytes else float("nan")
+
+    def as_dict(self) -> dict[str, object]:
+        """The row as plain JSON types."""
+        return {
+            "r": self.r,
+            "layers": self.layers,
+            "elements": self.elements,
+            "seconds": {name: self.seconds(name) for name in self.samples},
+            "samples": self.samples,
+            "ratio_to_adamw": {name: self.over_adamw(name) for name in self.samples},
+            "published_over_stella_adamw": self.under_published,
+            "floor_memory_seconds": self.memory_seconds,
+            "floor_arithmetic_seconds": self.arithmetic_seconds,
+            "fraction_of_floor": self.of_floor,
+            "fraction_of_roofline": self.of_roofline,
+            "memory_layers": self.memory_layers,
+            "extra_bytes": self.extra_bytes,
+        }
+
+
+def _timed(layers: int, r: int, seconds: float) -> dict[str, list[float]]:
+    """Seconds of each optimizer's steps, on copies of the same factors and gradients."""
+    factors = llama_factors(layers, r, torch.Generator().manual_seed(r))
+    gradients = [f.parameter.grad for f in factors]
+    owned = {name: copies(factors) for name in OPTIMIZERS}
+    optimizers = {name: build(owned[name]) for name, build in OPTIMIZERS.items()}
+
+    def fresh_gradients(name: str) -> None:  # attach and the published hooks rewrite them
+        torch._foreach_copy_([f.parameter.grad for f in owned[name]], gradients)
+
+    return interleaved_samples({name: o.step for name, o in optimizers.items()}, seconds, fresh_gradients)
+
+
+def measure(r: int, machine: Machine, seconds: float, with_memory: bool) -> Row:
+    """Time every optimizer at rank r for about ``seconds`` in all, then measure their memory."""
+    layers = LAYERS[r]
+    elements = layers * LLAMA_3_8B.rows * r
+    samples = _timed(layers, r, seconds)
+
+    memory_layers = MEMORY_LAYERS[r]
+    return Row(
+        r=r,
+        layers=layers,
+        samples=samples,
+        memory_seconds=elements * ADAMW_BYTES / machine.bandwidth,
+        arithmetic_seconds=elements * step_flops(r) / machine.flops,
+        memory_layers=memory_layers,
+        extra_bytes={name: measure_extra_bytes(name, memory_layers, r) for name in OPTIMIZERS} if with_memory else {},
+    )
+
+
+HEADER = (
+    f"{'r':>4} {'layers':>6} | {'AdamW fused':>12} {'StellaAdamW':>18} {'attach':>18} {'published hooks':>20} | "
+    f"{'publ./Stella':>12} | {'of floor':>8} {'of roofline':>11} | extra memory: Stella, attach, published"
+)
+
+
+def table_row(row: Row) -> str:
+    """One line of the table on the terminal: milliseconds, and times AdamW."""
+    times = " ".join(
+        f"{1e3 * row.seconds(name):{width}.1f} ms ×{row.over_adamw(name):5.2f}"
+        for name, width in (("stella_adamw", 8), ("attach", 8), ("published", 10))
+    )
+    memory = "not measured"
+    if row.extra_bytes:
+        parts = ", ".join(f"{row.extra_memory(name):.1%}" for name in ("stella_adamw", "attach", "published"))
+        memory = f"{parts} of the factors of {row.memory_layers} layers"
+    return (
+        f"{row.r:4d} {row.layers:6d} | {1e3 * row.seconds('adamw'):9.1f} ms {times} | {row.under_published:12.1f} | "
+        f"{row.of_floor:8.0%} {row.of_roofline:11.0%} | {memory}"
+    )
+
+
+def verdicts(rows: Sequence[Row]) -> Iterator[tuple[bool, str]]:
+    """What the package promises of the whole step, each with whether this run bore it out."""
+    for row in rows:
+        if row.r in WANTED_OVER_ADAMW:
+            found, wanted = row.over_adamw("stella_adamw"), WANTED_OVER_ADAMW[row.r]
+            yield (
+                found <= wanted,
+                f"r = {row.r}: StellaAdamW costs {found:.2f} × AdamW (fused), wanted at most {wanted:g}",
+            )
+        if row.r in WANTED_UNDER_PUBLISHED:
+            found, wanted = row.under_published, WANTED_UNDER_PUBLISHED[row.r]
+            yield found >= wanted, f"r = {row.r}: {found:.1f} times faster than the published hooks, wanted {wanted:g}"
+    measured = [row for row in rows if row.extra_bytes]
+    if measured:
+        worst = max(measured, key=lambda row: row.extra_memory("stella_adamw"))
+        found = worst.extra_memory("stella_adamw")
+        yield (
+            found < WANTED_EXTRA_MEMORY,
+            f"extra memory of a StellaAdamW step at most {found:.1%} of the factors (at r = {worst.r}), "
+            f"wanted under {WANTED_EXTRA_MEMORY:.0%}",
+        )
