@@ -120,6 +120,8 @@ class StellaAdapterFunction(torch.autograd.Function):
             y = y.clone()
         else:
             ctx.mark_dirty(y)
+            if y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+                x = x.clone()  # backward needs it as it was, and no version counter would tell
         rows = x.reshape(-1, x.shape[-1])  # (T, n)
         flat = y.reshape(-1, y.shape[-1])  # (T, m), a view wherever y's strides allow one
         A = _kernels.adapter_forward_(flat, rows, U, S, Vt, scale, p, seed)  # (T, r)

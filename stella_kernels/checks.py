@@ -5,6 +5,7 @@ Every message names the argument, says what was found and what was wanted, and s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -42,6 +43,27 @@ def check_float_tensor(argument: str, value: object) -> None:
             f"{argument}: found dtype {value.dtype}, wanted float32, float64, bfloat16 or float16; "
             f"convert it first, for example with {argument}.float()."
         )
+    if value.layout is not torch.strided or value.is_nested:
+        found = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(
+            f"{argument}: found {found}, wanted a dense tensor; convert it first, with {argument}.to_dense()."
+        )
+
+
+def check_whole_number(argument: str, value: object, smallest: int = 1) -> None:
+    """Raise ``TypeError`` unless ``value`` is an int (a bool is none), ``ValueError`` unless it is large enough."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{argument}: found {value!r}, wanted a whole number, {smallest} or more.")
+    if value < smallest:
+        raise ValueError(f"{argument}: found {value!r}, wanted a whole number, {smallest} or more.")
+
+
+def check_finite_number(argument: str, value: object) -> None:
+    """Raise ``TypeError`` unless ``value`` is a number, ``ValueError`` unless it is finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{argument}: found {value!r}, wanted a number.")
+    if not math.isfinite(value):
+        raise ValueError(f"{argument}: found {value!r}, wanted a finite number.")
 
 
 def check_tall(argument: str, value: Tensor) -> None:

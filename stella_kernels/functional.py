@@ -211,7 +211,7 @@ def polar(M: Tensor, method: str = "auto", return_info: bool = False) -> Tensor 
         matrices = 1
         for size in M.shape[:-2]:
             matrices *= size
-        Q, info = M.clone(), torch.zeros((matrices, INFO_COLUMNS), dtype=torch.float64)
+        Q, info = M.clone(), torch.zeros((matrices, INFO_COLUMNS), dtype=torch.float64, device="cpu")
     else:
         Q, info = torch.ops.stella_kernels.polar(M, method)
     return (Q, info) if return_info else Q

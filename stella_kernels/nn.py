@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .checks import check_choice
+from .checks import FLOAT_DTYPES, check_choice, check_finite_number, check_whole_number
 
 INITS = ("rando", "svd_major", "svd_minor", "zero", "pseudo_zero", "identity")
 
@@ -112,7 +112,8 @@ def init_factors(
         base_weight: (m, n), or (n, m) with ``fan_in_fan_out``; needed by the svd ones, left as it is.
 
     Raises:
-        ValueError: unknown init, shapes that do not go together, r above m or n, or no base_weight where needed.
+        ValueError: unknown init, shapes that do not go together, r above m or n, no base_weight where needed, or one
+            that is not finite.
     """
     check_choice("init", init, INITS)
     (m, r), n = U.shape, Vt.shape[1]
@@ -149,6 +150,11 @@ def _singular_vectors(
     stored = (n, m) if fan_in_fan_out else (m, n)
     if tuple(base_weight.shape) != stored:
         raise ValueError(f"base_weight: found shape {tuple(base_weight.shape)}, wanted {stored}.")
+    if not base_weight.is_meta and not bool(base_weight.isfinite().all()):
+        raise ValueError(
+            f"base_weight: found NaN or an infinity, wanted finite values, which init={init!r} decomposes; load a sound "
+            "checkpoint into the base, or use init='rando'."
+        )
     weight = base_weight.mT if fan_in_fan_out else base_weight
     left, _, right = torch.linalg.svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False)
     chosen = slice(0, r) if init == "svd_major" else slice(min(m, n) - r, min(m, n))
@@ -193,8 +199,8 @@ class StellaLinear(nn.Module):
     Shapes: U (m, r), S (r, r) or (r,), Vt (r, n). With init="pseudo_zero" also the buffers U0 (m, r) and Vt0 (r, n).
 
     Raises:
-        TypeError: base has no in_features and out_features.
-        ValueError: r out of range, dropout outside [0, 1], unknown init.
+        TypeError: base has no in_features and out_features, r is no int, alpha or dropout no number, dtype no float.
+        ValueError: r out of range, alpha not finite, dropout outside [0, 1], unknown init.
     """
 
     U0: Tensor | None
@@ -218,14 +224,20 @@ class StellaLinear(nn.Module):
             raise TypeError(
                 f"base: found {type(base).__name__}, wanted an nn.Linear or a module with in_features and out_features."
             )
-        if not 1 <= r <= min(in_features, out_features):
+        check_whole_number("r", r)
+        if r > min(in_features, out_features):
             raise ValueError(
                 f"r: found {r}, wanted 1 <= r <= {min(in_features, out_features)} for a layer of {out_features} x "
                 f"{in_features}: orthonormal columns need a tall factor."
             )
+        if alpha is not None:
+            check_finite_number("alpha", alpha)
+        check_finite_number("dropout", dropout)
         if not 0.0 <= dropout <= 1.0:
             raise ValueError(f"dropout: found {dropout}, wanted a probability in [0, 1].")
         check_choice("init", init, INITS)
+        if dtype not in FLOAT_DTYPES:
+            raise TypeError(f"dtype: found {dtype}, wanted torch.float32, float64, bfloat16 or float16.")
         self.in_features, self.out_features, self.r = int(in_features), int(out_features), r
         self.alpha = float(r if alpha is None else alpha)
         self.scale = self.alpha / (math.sqrt(r) if use_rslora else r)
@@ -249,6 +261,10 @@ class StellaLinear(nn.Module):
         if plain is not None and self.U0 is None:
             return functional.stella_linear(x, plain.weight, plain.bias, *factors)
         y = self.base(x)
+        if plain is None:
+            y = (
+                y.clone()
+            )  # hooks, the base's own backward or the caller may hold what it returned: not ours to overwrite
         if self.U0 is not None and self.Vt0 is not None:
             y = subtract_start(y, x, self.U0, self.Vt0, self.scale)
         return functional.stella_adapter(y, x, *factors)

@@ -327,6 +327,25 @@ def test_adapter_accumulates_in_place() -> None:
     assert not torch.equal(y, before)
 
 
+@pytest.mark.parametrize("overlap", ["same", "view", "shifted"])
+def test_base_output_that_shares_memory_with_the_input(overlap: str) -> None:
+    """A base that returns its input: what backward needs of x is not what y has become."""
+    layer = make(Case((4,), 6, 6, 2), torch.float64)
+    source = torch.randn(4, 8, dtype=torch.float64)
+
+    def gradients(apart: bool) -> list[Tensor]:
+        buffer = source.clone()
+        x = buffer[:, :6]
+        y = {"same": x, "view": x.view_as(x), "shifted": buffer[:, 2:]}[overlap]
+        y, x = (y.clone(), x.clone()) if apart else (y, x)
+        out = stella_adapter(y, x, layer.U, layer.S, layer.Vt, SCALE)
+        return [out.detach().clone(), *torch.autograd.grad(out.square().sum(), (layer.U, layer.S, layer.Vt))]
+
+    for found, wanted in zip(gradients(False), gradients(True), strict=True):
+        # the same sums of at most 8 terms, perhaps in another order: 1e-13 is 450 roundings
+        assert (found - wanted).norm() <= 1e-13 * wanted.norm()
+
+
 def test_operators_ignore_what_their_buffers_held() -> None:
     """With beta = 0 a poisoned grad_x is overwritten, not multiplied by zero."""
     layer = make(Case((5,), 7, 6, 2), torch.float64, requires_grad=False)
@@ -601,6 +620,7 @@ def replace_with(**changes: object) -> dict[str, object]:
         ({"x": torch.tensor(1.0)}, ValueError, "x: found shape"),
         ({"x": torch.zeros(4, 6, dtype=torch.int64)}, TypeError, "x: found dtype torch.int64"),
         ({"x": [1.0]}, TypeError, "x: found list"),
+        ({"x": torch.zeros(4, 6).to_sparse()}, TypeError, r"x: found layout torch\.sparse_coo.*x\.to_dense"),
         ({"x": torch.zeros(4, 6, dtype=torch.bfloat16)}, TypeError, "W: found dtype torch.float32 with x in torch.bfl"),
         ({"W": torch.zeros(6, 5)}, ValueError, r"W: found shape \(6, 5\), wanted \(5, 6\)"),
         ({"b": torch.zeros(6)}, ValueError, r"b: found shape \(6,\), wanted \(5,\)"),

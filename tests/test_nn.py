@@ -6,7 +6,7 @@ import copy
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -166,6 +166,51 @@ def test_repr_and_deepcopy() -> None:
     assert twin.U is not layer.U
 
 
+class Returning(nn.Module):
+    """A base of 6 features that returns what ``function`` makes of its input."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.in_features = self.out_features = 6
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@pytest.mark.parametrize("init", ["rando", "pseudo_zero"])
+@pytest.mark.parametrize("function", [lambda x: x, torch.tanh, lambda x: x.new_ones(1, 1).expand(x.shape)])
+def test_what_an_opaque_base_returns_is_not_overwritten(function: Callable[[Tensor], Tensor], init: str) -> None:
+    """It may be the caller's x, what the base's backward needs, or memory that its elements share."""
+    layer = StellaLinear(Returning(function), r=2, init=init, dtype=torch.float64)
+    with torch.no_grad():
+        layer.S.copy_(torch.randn(2, 2))
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    before = x.detach().clone()
+    start = 0 if layer.U0 is None else layer.U0 @ layer.Vt0
+    wanted = function(x) + x @ (layer.U @ layer.S @ layer.Vt - start).mT
+    found = layer(x)
+    inputs = (x, layer.U, layer.S, layer.Vt)
+    for f, w in zip(
+        (found, *torch.autograd.grad(found.square().sum(), inputs)),
+        (wanted, *torch.autograd.grad(wanted.square().sum(), inputs)),
+        strict=True,
+    ):
+        assert (f - w).norm() <= 1e-13 * w.norm()  # sums of at most 6 terms: some hundred roundings
+    assert torch.equal(x, before)
+
+
+def test_hooks_on_the_base_keep_what_they_saw() -> None:
+    base = nn.Linear(7, 5)
+    seen: list[Tensor] = []
+    base.register_forward_hook(lambda module, args, output: seen.append(output))
+    base.register_full_backward_hook(lambda module, grad_input, grad_output: seen.append(grad_output[0]))
+    x = torch.randn(3, 7, requires_grad=True)
+    StellaLinear(base, r=2)(x).sum().backward()
+    assert torch.equal(seen[0], nn.functional.linear(x, base.weight, base.bias))
+    assert torch.equal(seen[1], torch.ones(3, 5))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -173,7 +218,14 @@ def test_repr_and_deepcopy() -> None:
         ({"base": "linear"}, TypeError, "base: found str"),
         ({"r": 6}, ValueError, "r: found 6, wanted 1 <= r <= 5"),
         ({"r": 0}, ValueError, "r: found 0"),
+        ({"r": 2.0}, TypeError, "r: found 2.0, wanted a whole number"),
+        ({"r": True}, TypeError, "r: found True"),
+        ({"r": "2"}, TypeError, "r: found '2'"),
+        ({"alpha": "big"}, TypeError, "alpha: found 'big'"),
+        ({"alpha": math.nan}, ValueError, "alpha: found nan"),
         ({"dropout": 1.2}, ValueError, "dropout: found 1.2"),
+        ({"dropout": "half"}, TypeError, "dropout: found 'half'"),
+        ({"dtype": torch.int32}, TypeError, "dtype: found torch.int32"),
         ({"init": "zeros"}, ValueError, "init: found 'zeros'"),
     ],
 )
@@ -253,6 +305,7 @@ def test_rando_is_uniform_and_seeded() -> None:
         ({"init": "normal"}, "init: found 'normal'"),
         ({"init": "svd_major"}, "base_weight: found None"),
         ({"init": "svd_major", "base_weight": torch.zeros(6, 5, dtype=torch.int8)}, "base_weight: found dtype"),
+        ({"init": "svd_minor", "base_weight": torch.full((6, 5), math.nan)}, "base_weight: found NaN"),
         ({"init": "svd_minor", "base_weight": torch.zeros(5, 6)}, r"base_weight: found shape \(5, 6\)"),
         ({"Vt": torch.zeros(3, 5)}, "U, Vt: found shapes"),
         ({"S": torch.zeros(3)}, r"S: found shape \(3,\)"),

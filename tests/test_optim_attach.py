@@ -654,6 +654,18 @@ def test_sparse_gradients_are_refused() -> None:
     assert torch.equal(table.detach(), before)
 
 
+def test_gradients_whose_elements_share_memory_are_refused() -> None:
+    factor = nn.Parameter(orthonormal(8, 3))
+    optimizer = SGD([factor], lr=0.1)
+    attach(optimizer, [factor], grad_scaling=False)
+    factor.grad = torch.ones(1, 1, dtype=factor.dtype).expand(8, 3)
+    before = factor.detach().clone()
+    with pytest.raises(RuntimeError, match=r"target\[0\]: found a gradient of strides \(0, 0\)"):
+        optimizer.step()
+    assert torch.equal(factor.detach(), before)
+    assert torch.equal(factor.grad, torch.ones_like(factor.grad))
+
+
 class Misbehaving(SGD):
     """Plain gradient descent that can be told to write a NaN, to raise halfway, or to skip as a fused one does."""
 

@@ -109,6 +109,8 @@ def test_a_peft_that_is_too_old_is_refused(monkeypatch):
         ({"r": True}, "^r: found True"),
         ({"rank_pattern": {"q": -1}}, r"rank_pattern\['q'\]: found -1"),
         ({"lora_dropout": 1.0}, "lora_dropout: found 1.0"),
+        ({"lora_alpha": float("nan")}, "lora_alpha: found nan"),
+        ({"stella_grad_scaling": float("inf")}, "stella_grad_scaling: found inf"),
         ({"stella_retraction": "svd"}, "stella_retraction: found 'svd'.*'cayley'"),
         ({"bias": "stella_only"}, "bias: found 'stella_only'"),
         ({"init_lora_weights": "gaussian"}, "init_lora_weights: found 'gaussian'"),
@@ -121,6 +123,21 @@ def test_a_peft_that_is_too_old_is_refused(monkeypatch):
 )
 def test_bad_fields_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
+        StellaConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lora_alpha": "16"}, "lora_alpha: found '16'"),
+        ({"lora_alpha": None}, "lora_alpha: found None"),
+        ({"lora_dropout": "half"}, "lora_dropout: found 'half'"),
+        ({"alpha_pattern": {"q": "8"}}, r"alpha_pattern\['q'\]: found '8'"),
+        ({"rank_pattern": [4]}, r"rank_pattern: found \[4\], wanted a dictionary"),
+    ],
+)
+def test_fields_of_a_wrong_type_are_named(settings, message):
+    with pytest.raises(TypeError, match=message):
         StellaConfig(**settings)
 
 

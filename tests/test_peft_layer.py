@@ -196,6 +196,24 @@ def test_safe_merge_refuses_nan_and_changes_nothing(safe_merge):
     assert layer.merged_adapters == []
 
 
+@pytest.mark.parametrize("unload", [False, True])
+@pytest.mark.parametrize("fault", ["nan", "quantized"])
+def test_a_merge_that_fails_in_one_layer_changes_no_other(fault, unload):
+    model = adapted(llama(), target_modules=["q_proj", "v_proj"])
+    stir(model)
+    layers = list(stella_layers(model).values())
+    if fault == "nan":
+        layers[-1].stella_S["default"].weight.data.fill_(math.nan)
+    else:
+        last = layers[-1].base_layer
+        last.weight = nn.Parameter(torch.zeros(last.weight.shape, dtype=torch.uint8), requires_grad=False)
+    before = [layer.base_layer.weight.clone() for layer in layers]
+    with pytest.raises((ValueError, TypeError), match="merge: "):
+        (model.merge_and_unload if unload else model.merge_adapter)(safe_merge=fault == "nan")
+    assert [layer.merged_adapters for layer in stella_layers(model).values()] == [[]] * len(layers)
+    assert all(torch.equal(layer.base_layer.weight, w) for layer, w in zip(layers, before, strict=True))
+
+
 def test_merging_into_a_quantized_weight_is_refused():
     model, layer = one_layer(nn.Linear(8, 6, dtype=torch.float64))
     layer.base_layer.weight = nn.Parameter(torch.zeros(6, 8, dtype=torch.uint8), requires_grad=False)

@@ -65,9 +65,9 @@ def attach(
         NonFiniteError: a factor holds NaN or an infinity.
 
     ``optimizer.step()`` then raises, with nothing changed, ``ValueError`` for weight decay set since and
-    ``RuntimeError`` for a closure or a sparse gradient, ``NonFiniteError`` for a NaN or infinite gradient. If the
-    optimizer moves a factor to NaN, or a retraction fails, all factors go back to their values before the step and
-    ``NonFiniteError`` or ``RuntimeError`` names those at fault.
+    ``RuntimeError`` for a closure or a sparse or expanded gradient, ``NonFiniteError`` for a NaN or infinite gradient.
+    If the optimizer moves a factor to NaN, or a retraction fails, all factors go back to their values before the step
+    and ``NonFiniteError`` or ``RuntimeError`` names those at fault.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer: found {type(optimizer).__name__}, wanted a torch.optim.Optimizer.")
@@ -211,7 +211,7 @@ class Attachment:
             return
         active, self._active = self._active, None
         self._follow_parameters()
-        info = torch.zeros(len(self.factors), ops.INFO_COLUMNS, dtype=torch.float64)
+        info = torch.zeros(len(self.factors), ops.INFO_COLUMNS, dtype=torch.float64, device="cpu")
         try:
             if self._quotient is not None:
                 before = {i: self._buffer(i) for i in active}
@@ -255,6 +255,11 @@ class Attachment:
             raise RuntimeError(
                 f"{factor.name}: found a gradient of layout {gradient.layout}, wanted a dense one; compute the "
                 "factor's gradient without sparse=True."
+            )
+        if any(step == 0 and size > 1 for size, step in zip(gradient.shape, gradient.stride(), strict=True)):
+            raise RuntimeError(
+                f"{factor.name}: found a gradient of strides {gradient.stride()}, whose elements share memory, wanted "
+                "one that can be rewritten in place; set p.grad = gradient.contiguous()."
             )
         gradient = gradient.detach()
         return gradient.mT if factor.transposed else gradient  # (n, r)
@@ -309,4 +314,4 @@ class Attachment:
             status = ops.STATUS_OK if residual < float("inf") else ops.STATUS_NON_FINITE
             rows.append([status, residual, 0.0, float("nan")])
             new.copy_(Q)
-        return torch.tensor(rows, dtype=torch.float64)
+        return torch.tensor(rows, dtype=torch.float64, device="cpu")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from peft.config import PeftConfig
 
-from ..checks import check_choice
+from ..checks import check_choice, check_finite_number
 from .registration import extend_peft_type
 
 RETRACTIONS = ("polar", "exp_map", "qr", "cayley")
@@ -106,6 +107,12 @@ class StellaConfig(PeftConfig):
         self._check_fields()
 
     def _check_fields(self) -> None:
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), dict):
+                raise TypeError(f"{name}: found {getattr(self, name)!r}, wanted a dictionary of numbers by layer name.")
+        alphas = {f"alpha_pattern[{key!r}]": alpha for key, alpha in (self.alpha_pattern or {}).items()}
+        for name, alpha in {"lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout, **alphas}.items():
+            check_finite_number(name, alpha)
         patterns = {f"rank_pattern[{key!r}]": rank for key, rank in (self.rank_pattern or {}).items()}
         for name, rank in {"r": self.r, **patterns}.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
@@ -123,7 +130,9 @@ class StellaConfig(PeftConfig):
         if not isinstance(self.init_lora_weights, bool):
             check_choice("init_lora_weights", self.init_lora_weights, INITS)
         scaling = self.stella_grad_scaling
-        if not isinstance(scaling, (bool, int, float)) or (not isinstance(scaling, bool) and not scaling > 0):
+        if not isinstance(scaling, (bool, int, float)) or (
+            not isinstance(scaling, bool) and not 0 < scaling < math.inf
+        ):
             raise ValueError(f"stella_grad_scaling: found {scaling!r}, wanted True, False or a positive number.")
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):

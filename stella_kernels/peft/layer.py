@@ -319,13 +319,27 @@ class Linear(nn.Module, StellaLayer):
         adapters = self._present(check_adapters_to_merge(self, adapter_names))
         if not adapters:
             return
+        merged = self._merged_weight(adapters, safe_merge)
+        self.get_base_layer().weight.data = merged
+        self.merged_adapters.extend(adapters)
+
+    @torch.no_grad()
+    def check_merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raise what ``merge`` with the same arguments would raise, and change nothing."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        adapters = [name for name in self._present(names) if name not in self.merged_adapters]
+        if adapters and safe_merge:
+            self._merged_weight(adapters, True)
+        elif adapters:
+            self._check_mergeable()
+
+    def _merged_weight(self, adapters: list[str], safe_merge: bool) -> Tensor:
         merged = self._base_weight_plus(adapters, 1)
         if safe_merge and not bool(merged.isfinite().all()):
             raise ValueError(
                 f"safe_merge: the weight merged with {adapters} holds NaN or an infinity; nothing was changed."
             )
-        self.get_base_layer().weight.data = merged
-        self.merged_adapters.extend(adapters)
+        return merged
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -337,7 +351,7 @@ class Linear(nn.Module, StellaLayer):
         self.get_base_layer().weight.data = self._base_weight_plus(adapters, -1)
         self.merged_adapters.clear()
 
-    def _base_weight_plus(self, adapters: list[str], sign: int) -> Tensor:
+    def _check_mergeable(self) -> Tensor:
         base: Any = self.get_base_layer()
         weight: Tensor = base.weight.detach()
         if not weight.is_floating_point() or weight.element_size() == 1:
@@ -345,6 +359,10 @@ class Linear(nn.Module, StellaLayer):
                 f"merge: found a base weight of {weight.dtype}, wanted float32, float64, bfloat16 or float16; "
                 "load the base model without quantization to merge into it."
             )
+        return weight
+
+    def _base_weight_plus(self, adapters: list[str], sign: int) -> Tensor:
+        weight = self._check_mergeable()
         total = weight.to(_master_dtype(weight.dtype), copy=True)
         for adapter in adapters:
             total.add_(self.get_delta_weight(adapter).to(weight.device), alpha=sign)

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
+    onload_layer,
     replicate_layers,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -99,6 +100,32 @@ class StellaModel(BaseTuner):
             raise ValueError(
                 "merge: layers replicated by layer_replication share base weights, so adapters cannot be merged."
             )
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As PEFT's, but every layer is checked before the first is changed.
+
+        Raises:
+            ValueError: with ``safe_merge``, a merged weight is not finite. TypeError: a base weight is quantized.
+        """
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._check_merge(adapter_names, safe_merge)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        for layer in self.model.modules():
+            if isinstance(layer, Linear):
+                with onload_layer(layer):
+                    layer.check_merge(safe_merge, adapter_names)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
