@@ -150,7 +150,7 @@ def stella_adapter(
     Args:
         y: (..., m), the base's output, which is used up: its memory holds the result (a compiled graph may use other
             memory), so go on with what is returned. Everything is computed in its dtype.
-        x: (..., n), with y's leading dimensions; any float dtype.
+        x: (..., n), with y's leading dimensions; any float dtype. Copied where it shares y's memory.
         U, S, Vt, scale, dropout_p, training: as in :func:`stella_linear`.
 
     Returns:

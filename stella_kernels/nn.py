@@ -152,8 +152,8 @@ def _singular_vectors(
         raise ValueError(f"base_weight: found shape {tuple(base_weight.shape)}, wanted {stored}.")
     if not base_weight.is_meta and not bool(base_weight.isfinite().all()):
         raise ValueError(
-            f"base_weight: found NaN or an infinity, wanted finite values, which init={init!r} decomposes; load a sound "
-            "checkpoint into the base, or use init='rando'."
+            f"base_weight: found NaN or an infinity, wanted finite values, which init={init!r} decomposes; load a "
+            "sound checkpoint into the base, or use init='rando'."
         )
     weight = base_weight.mT if fan_in_fan_out else base_weight
     left, _, right = torch.linalg.svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False)

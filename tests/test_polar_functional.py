@@ -154,9 +154,17 @@ def test_non_finite_names_the_matrix(bad: float) -> None:
         (torch.zeros(5, 3, dtype=torch.int64), "auto", TypeError, "M: found dtype torch.int64"),
         (torch.zeros(5, 3, dtype=torch.complex64), "auto", TypeError, "complex64"),
         ([[1.0]], "auto", TypeError, "M: found list"),
+        (torch.eye(3).to_sparse(), "auto", TypeError, r"M: found layout torch\.sparse_coo"),
         (torch.zeros(5, 3), "qr", ValueError, "method: found 'qr'"),
     ],
 )
 def test_bad_input(M: object, method: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         sk.polar(M, method)  # type: ignore[arg-type]
+
+
+def test_info_is_on_the_cpu_whatever_the_default_device() -> None:
+    empty, full = torch.zeros(0, 5, 3), torch.randn(2, 5, 3)
+    with torch.device("meta"):
+        assert sk.polar(empty, return_info=True)[1].device.type == "cpu"
+        assert sk.polar(full, return_info=True)[1].device.type == "cpu"
