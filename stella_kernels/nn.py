@@ -261,10 +261,8 @@ class StellaLinear(nn.Module):
         if plain is not None and self.U0 is None:
             return functional.stella_linear(x, plain.weight, plain.bias, *factors)
         y = self.base(x)
-        if plain is None:
-            y = (
-                y.clone()
-            )  # hooks, the base's own backward or the caller may hold what it returned: not ours to overwrite
+        if plain is None:  # hooks, the base's own backward or the caller may hold what it returned
+            y = y.clone()
         if self.U0 is not None and self.Vt0 is not None:
             y = subtract_start(y, x, self.U0, self.Vt0, self.scale)
         return functional.stella_adapter(y, x, *factors)
