@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,7 +21,7 @@ class Case:
     shapes: tuple[tuple[int, ...], ...]
     dtype: torch.dtype = torch.float32
     storage: str = "rows"  # 'rows': (n, r) contiguous, 'columns': (r, n) contiguous, 'strided': gaps both ways
-    scale: float = 1.0  # of the matrix, or the length of each column's step (project_retract_)
+    scale: float = 1.0  # of the matrix, or the length of a column's step (project_retract_, stella_adamw_)
     divisor: float = 1.0
     method: str = "auto"
     dropout: float = 0.0
@@ -156,6 +156,33 @@ def _retract_cases() -> list[Case]:
     return table
 
 
+def _adamw_cases() -> list[Case]:
+    """Couplings are computed, float32 and float64 in turn within a list, and sign and betas alternate."""
+    operator = "stella_adamw_"
+    table = [replace(case, scale=0.2) for case in _list_cases(operator)]
+    table.append(Case(operator, "coupled", ((9001, 16),), torch.float32, "columns", 0.2))
+    for index, dtype in enumerate(DTYPES):
+        storage = STORAGES[index % 3]
+        for kind in ("coupled", "first", "skipped", "refused"):
+            table.append(Case(operator, kind, _SMALL, dtype, storage, 0.2, quick=True))
+        table.append(Case(operator, "storages", _SMALL, dtype, scale=0.2, quick=True))
+        for step in (0.0, 1e-6, 1e-3, 0.5, 3.0, 1e2, 1e4):
+            table.append(Case(operator, "step", _SMALL, dtype, storage, step, quick=dtype == torch.float32))
+    for kind in ("skipped", "refused"):  # the tall one, whose rows are shared, is the second, and alone
+        table.append(Case(operator, kind, (_MIXED[1], _MIXED[0]), torch.float32, "columns", 0.2, quick=True))
+        table.append(Case(operator, kind, ((20000, 8),), torch.float32, "rows", 0.2, quick=True))
+    table.append(Case(operator, "storages", _MIXED, torch.float32, scale=0.2, quick=True))
+    for step in (1e-3, 3.0, 1e4):
+        table.append(Case(operator, "step", ((9001, 16),), torch.float32, "rows", step))
+        table.append(Case(operator, "step", ((9001, 16),), torch.float32, "columns", step))
+    for kind in ("gradient1e-12", "gradient1e-06", "gradient1e+06", "gradient1e+12"):
+        table.append(Case(operator, kind, _SMALL, torch.float32, "columns", 0.2, quick=True))
+    for divisor in (0.3, 2.7, 100.0):
+        table.append(Case(operator, "step", _MIXED, torch.float32, "columns", 0.2, divisor, quick=True))
+        table.append(Case(operator, "step", _SMALL, torch.float64, "rows", 0.2, divisor))
+    return table
+
+
 def _adapter_cases() -> list[Case]:
     table = []
     for operator in ("adapter_forward_", "adapter_backward_"):
@@ -185,5 +212,5 @@ def _adapter_cases() -> list[Case]:
 
 def cases(quick: bool = False) -> list[Case]:
     """The table; ``quick`` leaves a part of it that takes about a second and still reaches every path."""
-    table = _polar_cases() + _gradient_cases() + _retract_cases() + _adapter_cases()
+    table = _polar_cases() + _gradient_cases() + _retract_cases() + _adamw_cases() + _adapter_cases()
     return [case for case in table if case.quick or not quick]

@@ -99,10 +99,24 @@ def _wrong_retract(
     return torch.ops.stella_kernels.project_retract_(moved, previous, [1.01 * d for d in divisors], method)
 
 
+def _wrong_adamw(
+    factors: list[torch.Tensor], gradients: list[torch.Tensor], *rest: torch.Tensor | list[torch.Tensor] | bool
+) -> torch.Tensor:
+    *moments_and_couplings, hyperparameters, skip = rest
+    slower = hyperparameters * torch.tensor([0.99, 1, 1, 1, 1, 1, 1], dtype=torch.float64)
+    return torch.ops.stella_kernels.stella_adamw_(factors, gradients, *moments_and_couplings, slower, skip)
+
+
 @pytest.mark.parametrize(
     ("operator", "wrong"),
-    [("polar", _wrong_polar), ("riemannian_gradient_", _wrong_gradient), ("project_retract_", _wrong_retract)],
+    [
+        ("polar", _wrong_polar),
+        ("riemannian_gradient_", _wrong_gradient),
+        ("project_retract_", _wrong_retract),
+        ("stella_adamw_", _wrong_adamw),
+    ],
 )
+@pytest.mark.usefixtures("one_thread")
 def test_verify_fails_where_an_operator_is_wrong(
     operator: str, wrong: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
