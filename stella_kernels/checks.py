@@ -43,10 +43,10 @@ def check_float_tensor(argument: str, value: object) -> None:
             f"{argument}: found dtype {value.dtype}, wanted float32, float64, bfloat16 or float16; "
             f"convert it first, for example with {argument}.float()."
         )
-    if value.layout is not torch.strided or value.is_nested:
-        found = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+    if value.layout is not torch.strided:
         raise TypeError(
-            f"{argument}: found {found}, wanted a dense tensor; convert it first, with {argument}.to_dense()."
+            f"{argument}: found layout {value.layout}, wanted a dense tensor; convert it first, with "
+            f"{argument}.to_dense()."
         )
 
 
