@@ -23,6 +23,7 @@ class Slot:
         self.parameter = factor.parameter
         self.group = 0
         self.view = factor.view  # (n, r), the parameter's own memory
+        self._memory = (self.view.data_ptr(), 0, 0)  # where the parameter and the moments lay at the last step
         self.divisor = stiefel.gradient_scaling_divisor(self.view.shape[0], hidden_size)
         self.state: dict[str, Any] = {}
         self.fresh = False
@@ -30,7 +31,8 @@ class Slot:
 
     def follow(self, state: dict[str, Any] | None) -> bool:
         """Renew what has changed since the last step; whether the parameter's own memory has."""
-        moved = self.view.data_ptr() != self.parameter.data_ptr()
+        at = self.parameter.data_ptr()
+        moved = at != self._memory[0]
         if moved:
             self.view = self.factor.view
         self.fresh = not state
@@ -42,14 +44,14 @@ class Slot:
                 "exp_avg_sq": torch.zeros_like(self.parameter, memory_format=torch.preserve_format),
             }
         m, v = state["exp_avg"], state["exp_avg_sq"]
-        same = m is self.exp_avg and m.data_ptr() == self.exp_avg_view.data_ptr()  # .data may have been replaced
-        same = same and v is self.exp_avg_sq and v.data_ptr() == self.exp_avg_sq_view.data_ptr()
-        if moved or not same:
+        memory = (at, m.data_ptr(), v.data_ptr())  # .data may have been replaced
+        if memory != self._memory or m is not self.exp_avg or v is not self.exp_avg_sq:
             self.exp_avg_view, self.exp_avg_sq_view = self._tall("exp_avg", state), self._tall("exp_avg_sq", state)
-            self.exp_avg, self.exp_avg_sq = m, v
-        if not state["step"].is_cpu:  # of a fused AdamW; read here at every step
-            state["step"] = state["step"].cpu()
-        self.step, self.state = state["step"], state
+            self.exp_avg, self.exp_avg_sq, self._memory = m, v, memory
+        step = state["step"]
+        if not step.is_cpu:  # of a fused AdamW; read here at every step
+            step = state["step"] = step.cpu()
+        self.step, self.state = step, state
         return moved
 
     def gradient(self) -> Tensor:
