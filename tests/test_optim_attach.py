@@ -787,3 +787,16 @@ def test_an_optimizer_that_raises_leaves_nothing_stale() -> None:
     fresh.train(model, optimizer, optimizer.step, 0, 3)
     expected, _ = hooked(fresh, lambda p: SGD(p, lr=0.1), 3, F64)
     assert identical(values(model), values(expected))
+
+
+def test_nan_in_one_attachment_leaves_the_gradients_of_another() -> None:
+    factors = [nn.Parameter(torch.linalg.qr(torch.randn(12, 3)).Q) for _ in range(2)]
+    optimizer = torch.optim.SGD(factors, lr=0.1)
+    for factor in factors:
+        attach(optimizer, [factor], grad_scaling=False)
+        factor.grad = torch.randn(12, 3)
+    factors[1].grad[4, 1] = float("nan")
+    before = factors[0].grad.clone()
+    with pytest.raises(NonFiniteError):
+        optimizer.step()
+    assert torch.equal(factors[0].grad, before)

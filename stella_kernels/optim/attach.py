@@ -189,10 +189,11 @@ class Attachment:
         active = [i for i, f in enumerate(self.factors) if f.parameter.grad is not None]
         gradients = {i: self._gradient(self.factors[i]) for i in active}
         groups = self._groups(active)
-        if (
-            len(groups) > 1 or self._quotient is not None
-        ):  # one call writes nothing when it finds a NaN; several have to be checked beforehand
-            self._refuse_non_finite([i for i in active if not bool(gradients[i].isfinite().all())])
+        attached = _attachments[optimizer]
+        # one call writes nothing when it finds a NaN; several have to be checked beforehand
+        if len(groups) > 1 or len(attached) > 1 or self._quotient is not None:
+            for attachment in attached:
+                attachment._refuse_non_finite_gradients()
         if self._quotient is not None:
             self._quotient.make_riemannian(gradients, self._views)
         for group in groups if self._quotient is None else ():
@@ -284,6 +285,10 @@ class Attachment:
             self._views[i].copy_(self._buffer(i))
         if self._quotient is not None:
             self._quotient.restore()
+
+    def _refuse_non_finite_gradients(self) -> None:
+        gradients = [f.parameter.grad for f in self.factors]
+        self._refuse_non_finite([i for i, g in enumerate(gradients) if g is not None and not bool(g.isfinite().all())])
 
     def _refuse_non_finite(self, indices: list[int]) -> None:
         if not indices:
