@@ -1,10 +1,27 @@
 // The Riemannian gradient of one factor, in place.
 #pragma once
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 #include "passes.h"
 
 namespace stella::STELLA_ISA {
 namespace {
+
+// A copy past the cache: a snapshot is not read before the optimizer has moved every factor.
+void stream_copy(char* to, const char* from, size_t bytes) {
+#ifdef __SSE2__
+  while (bytes >= 16 && reinterpret_cast<uintptr_t>(to) % 16 != 0) {
+    *to++ = *from++;
+    --bytes;
+  }
+  for (; bytes >= 16; to += 16, from += 16, bytes -= 16)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#endif
+  std::memcpy(to, from, bytes);
+}
 
 // Rows [begin, begin + rows) of the factor to the snapshot, while they are in the cache.
 template <typename T>
@@ -17,15 +34,24 @@ void copy_rows(const GradientJob& job, int64_t begin, int64_t rows, const T* pan
   char* target = static_cast<char*>(to.data);
   if (alike && from.col_stride == 1 && from.row_stride == from.r) {
     const size_t offset = static_cast<size_t>(begin * from.r) * bytes;
-    std::memcpy(target + offset, source + offset, static_cast<size_t>(rows * from.r) * bytes);
+    stream_copy(target + offset, source + offset, static_cast<size_t>(rows * from.r) * bytes);
   } else if (alike && from.row_stride == 1) {
     for (int64_t j = 0; j < from.r; ++j) {
       const size_t offset = static_cast<size_t>(begin + j * from.col_stride) * bytes;
-      std::memcpy(target + offset, source + offset, static_cast<size_t>(rows) * bytes);
+      stream_copy(target + offset, source + offset, static_cast<size_t>(rows) * bytes);
     }
   } else {
     unpack(panel, leading, to, begin, rows);  // exact: the panel holds the values themselves
   }
+}
+
+// Streamed stores are ordered before whatever other threads are told next.
+void stream_fence(const GradientJob& job) {
+#ifdef __SSE2__
+  if (job.snapshot.data) _mm_sfence();
+#else
+  (void)job;
+#endif
 }
 
 // K = gradient^T Y, added to `gram` (r x r).
@@ -64,6 +90,7 @@ void gradient(const GradientJob& job, Outcome* outcome) {
     Panels<decltype(zero)> panels(&job.gradient, &job.factor, false, 1, 0, job.gradient.n);
     double* gram = zeroed_gram(job.gradient.r);
     cross_pass(job, panels, gram);
+    stream_fence(job);
     if (coupling_finite(gram, job.gradient.r))
       subtract_pass(panels, job.gradient, gram);
     else
@@ -75,6 +102,7 @@ void gradient_gram(const GradientJob& job, int64_t begin, int64_t end, double* g
   with_arithmetic(job.gradient, [&](auto zero) {
     Panels<decltype(zero)> panels(&job.gradient, &job.factor, false, 1, begin, end);
     cross_pass(job, panels, gram);
+    stream_fence(job);
   });
 }
 

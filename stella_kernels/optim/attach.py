@@ -149,6 +149,7 @@ class Attachment:
         self._views = [f.view for f in factors]  # (n, r) each, the parameters' own memory
         self._snapshot: list[Tensor | None] = [None] * len(factors)  # as _views, reused by every step
         self._divisors = [stiefel.gradient_scaling_divisor(v.shape[0], hidden_size) for v in self._views]
+        self._grouped: tuple[list[int], list[list[int]]] = ([], [])  # the factors last grouped, and their groups
         self._active: list[int] | None = None  # the factors of the step under way, between the two hooks
         self._quotient = QuotientStep(products, retraction, method) if geometry == "quotient" else None
         self._optimizer = weakref.ref(optimizer)
@@ -248,6 +249,8 @@ class Attachment:
         for i, (factor, view) in enumerate(zip(self.factors, self._views, strict=True)):
             if view.data_ptr() != factor.parameter.data_ptr():
                 self._views[i] = factor.view
+                self._snapshot[i] = None
+                self._grouped = ([], [])
 
     def _gradient(self, factor: StiefelFactor) -> Tensor:
         gradient = factor.parameter.grad
@@ -257,7 +260,9 @@ class Attachment:
                 f"{factor.name}: found a gradient of layout {gradient.layout}, wanted a dense one; compute the "
                 "factor's gradient without sparse=True."
             )
-        if any(step == 0 and size > 1 for size, step in zip(gradient.shape, gradient.stride(), strict=True)):
+        if not gradient.is_contiguous() and any(
+            step == 0 and size > 1 for size, step in zip(gradient.shape, gradient.stride(), strict=True)
+        ):
             raise RuntimeError(
                 f"{factor.name}: found a gradient of strides {gradient.stride()}, whose elements share memory, wanted "
                 "one that can be rewritten in place; set p.grad = gradient.contiguous()."
@@ -266,18 +271,21 @@ class Attachment:
         return gradient.mT if factor.transposed else gradient  # (n, r)
 
     def _groups(self, active: list[int]) -> list[list[int]]:
-        """The factors that one operator call can take: same device, same dtype."""
+        """The factors that one operator call can take: same device, same dtype. Remembered from step to step."""
+        if self._grouped[0] == active:
+            return self._grouped[1]
         groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for i in active:
             view = self._views[i]
             groups.setdefault((view.device, view.dtype), []).append(i)
-        return list(groups.values())
+        self._grouped = (active, list(groups.values()))
+        return self._grouped[1]
 
     def _buffer(self, index: int) -> Tensor:
         """Where a factor's value before the step is kept: of the same strides, allocated once."""
-        view, buffer = self._views[index], self._snapshot[index]
-        if buffer is None or (buffer.device, buffer.dtype, buffer.shape) != (view.device, view.dtype, view.shape):
-            buffer = self._snapshot[index] = torch.empty_like(view)
+        buffer = self._snapshot[index]
+        if buffer is None:
+            buffer = self._snapshot[index] = torch.empty_like(self._views[index])
         return buffer
 
     def _restore(self, active: list[int]) -> None:
