@@ -59,15 +59,16 @@ def _polar(ranks: tuple[int, ...], seconds: float, machine: Machine, output: Pat
 def _step(ranks: tuple[int, ...], seconds: float, machine: Machine, output: Path, memory: bool) -> bool:
     projections = ", ".join(f"{name} {m}×{n}" for name, (m, n) in LLAMA_3_8B.projections.items())
     print(f"\nProject and retract, the factors of the linear layers of a {LLAMA_3_8B.name} ({projections}), float32.")
+    print("peak and copy, GFLOP/s and GB/s, are measured among a row's own runs: low ones are those of a busy machine.")
     print(f"{retract.FORMULA}\n{retract.HEADER}", flush=True)
     retractions = []
     for r in ranks:
-        retractions.append(retract.measure(r, machine, seconds / 2))
+        retractions.append(retract.measure(r, seconds / 2))
         print(retract.table_row(retractions[-1]), flush=True)
     print(f"\nThe whole optimizer step of the same factors.\n{step.FORMULA}\n{step.HEADER}", flush=True)
     steps = []
     for r in ranks:
-        steps.append(step.measure(r, machine, seconds, memory))
+        steps.append(step.measure(r, seconds, memory))
         print(step.table_row(steps[-1]), flush=True)
     _write(
         output / "step.json",
@@ -75,7 +76,12 @@ def _step(ranks: tuple[int, ...], seconds: float, machine: Machine, output: Path
         step=[row.as_dict() for row in steps],
         project_retract=[row.as_dict() for row in retractions],
     )
-    save_step_plot(steps, retractions, machine, output / "step.png", str(machine))
+    best = Machine(
+        flops=max(row.machine.flops for row in (*steps, *retractions)),
+        bandwidth=max(row.machine.bandwidth for row in (*steps, *retractions)),
+        threads=machine.threads,
+    )
+    save_step_plot(steps, retractions, best, output / "step.png", str(best))
     return _judge((*step.verdicts(steps), *retract.verdicts(retractions)))
 
 
@@ -86,12 +92,12 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("bench/results"), help="folder of the JSON and the plots")
     parser.add_argument("--ranks", type=int, nargs="+", choices=RANKS, default=list(RANKS))
     parser.add_argument("--seconds", type=float, help="about how long a row is timed (default: 2.5 polar, 8 step)")
-    parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory of a step (2 minutes)")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory of a step (a minute)")
     arguments = parser.parse_args()
 
     machine = measure_machine()
     print(
-        f"torch {torch.__version__}, {machine} (measured here); medians of interleaved runs, ratios of the same round."
+        f"torch {torch.__version__}, {machine} (measured here). Medians of interleaved runs, ratios of the same round."
     )
     arguments.output.mkdir(parents=True, exist_ok=True)
     ranks, every = tuple(arguments.ranks), True
@@ -100,8 +106,7 @@ def main() -> int:
     if arguments.what in ("all", "step"):
         memory = not arguments.no_memory and step_memory.AVAILABLE
         every &= _step(ranks, arguments.seconds or 8.0, machine, arguments.output, memory)
-    after = measure_machine()
-    print(f"the machine at the end: {after}")
+    print(f"the machine at the end: {measure_machine()}")
     return int(not every)
 
 

@@ -14,7 +14,7 @@ from bench import compositions
 from bench.model import llama_factors
 from bench.polar import STEP_NORM
 from bench.shapes import LLAMA_3_8B
-from bench.timing import Machine, interleaved_samples, paired_ratio
+from bench.timing import Machine, interleaved_samples, machine_of, machine_probes, paired_ratio
 
 LAYERS = {4: 16, 8: 16, 16: 8, 32: 4, 64: 2, 128: 1}  # 42 MB of factors
 DIVISOR = 1.3
@@ -40,8 +40,7 @@ class Row:
     r: int
     layers: int
     samples: dict[str, list[float]]
-    memory_seconds: float
-    arithmetic_seconds: float
+    machine: Machine  # in the same rounds
 
     @property
     def elements(self) -> int:
@@ -49,6 +48,14 @@ class Row:
 
     def seconds(self, name: str) -> float:
         return median(self.samples[name])
+
+    @property
+    def memory_seconds(self) -> float:
+        return self.elements * RETRACT_BYTES / self.machine.bandwidth
+
+    @property
+    def arithmetic_seconds(self) -> float:
+        return self.elements * retract_flops(self.r) / self.machine.flops
 
     @property
     def best_composition(self) -> str:
@@ -75,6 +82,8 @@ class Row:
             "seconds": {name: self.seconds(name) for name in self.samples},
             "best_composition": self.best_composition,
             "ratio_to_best_composition": self.over_best,
+            "peak_flops": self.machine.flops,
+            "copy_bandwidth": self.machine.bandwidth,
             "floor_memory_seconds": self.memory_seconds,
             "floor_arithmetic_seconds": self.arithmetic_seconds,
             "fraction_of_floor": self.of_floor,
@@ -86,7 +95,7 @@ def _run_all(run: Callable[[Tensor, Tensor, float], Tensor], stacks: Sequence[tu
     return [run(Y, moved, DIVISOR) for Y, moved in stacks]
 
 
-def measure(r: int, machine: Machine, seconds: float) -> Row:
+def measure(r: int, seconds: float) -> Row:
     """Time every candidate for about ``seconds``.
 
     The native operator takes the factors as a model holds them, of both storages, and writes in place; the
@@ -118,21 +127,15 @@ def measure(r: int, machine: Machine, seconds: float) -> Row:
         "native": lambda: torch.ops.stella_kernels.project_retract_(work, previous, divisors, "auto"),
         **{name: partial(_run_all, run, stacks) for name, run in compositions.RETRACT.items()},
     }
-    elements = layers * LLAMA_3_8B.rows * r
-    return Row(
-        r=r,
-        layers=layers,
-        samples=interleaved_samples(candidates, seconds, prepare),
-        memory_seconds=elements * RETRACT_BYTES / machine.bandwidth,
-        arithmetic_seconds=elements * retract_flops(r) / machine.flops,
-    )
+    samples = interleaved_samples({**machine_probes(), **candidates}, seconds, prepare)
+    return Row(r, layers, {name: samples[name] for name in candidates}, machine_of(samples))
 
 
 _COLUMNS = {"svd": "svd", "gram_eigh": "eigh", "gram_newton_schulz": "N-S", "one_reduction": "N-S, one reduction"}
 HEADER = (
     f"{'r':>4} {'layers':>6} | {'native':>8} "
     + " ".join(f"{title:>{max(8, len(title))}}" for title in _COLUMNS.values())
-    + f" ms | {'×best torch':>11} | {'of floor':>8} {'of roofline':>11}"
+    + f" ms | {'×best torch':>11} | {'of floor':>8} {'of roofline':>11} {'peak':>5} {'copy':>5}"
 )
 
 
@@ -141,7 +144,7 @@ def table_row(row: Row) -> str:
     times = " ".join(f"{1e3 * row.seconds(name):{max(8, len(title))}.1f}" for name, title in _COLUMNS.items())
     return (
         f"{row.r:4d} {row.layers:6d} | {1e3 * row.seconds('native'):8.2f} {times}    | {row.over_best:11.2f} | "
-        f"{row.of_floor:8.0%} {row.of_roofline:11.0%}"
+        f"{row.of_floor:8.0%} {row.of_roofline:11.0%} {row.machine.flops / 1e9:5.0f} {row.machine.bandwidth / 1e9:5.0f}"
     )
 
 

@@ -11,12 +11,13 @@ import torch
 from bench.model import OPTIMIZERS, copies, llama_factors
 from bench.shapes import LLAMA_3_8B
 from bench.step_memory import measure_extra_bytes
-from bench.timing import Machine, interleaved_samples, paired_ratio
+from bench.timing import Machine, interleaved_samples, machine_of, machine_probes, paired_ratio
 
 # 21 million elements: 84 MB of each of factors, gradients and both moments, far out of cache.
 LAYERS = {4: 32, 8: 32, 16: 16, 32: 8, 64: 4, 128: 2}
-# For memory, of which scratch does not grow with the model: as much of its 32 layers as fits a small machine.
-MEMORY_LAYERS = {4: 32, 8: 32, 16: 32, 32: 16, 64: 16, 128: 16}
+# For memory, of which scratch does not grow with the model: as much of its 32 layers as fits a small
+# machine, at some of the ranks.
+MEMORY_LAYERS = {4: 32, 8: 32, 32: 16, 128: 16}
 
 ADAMW_BYTES = 28  # an element: read Y, ∇, m, v, write Y, m, v
 WANTED_OVER_ADAMW = {8: 2.5, 16: 4.0, 32: 7.0}  # r: at most so many times AdamW (fused)
@@ -42,8 +43,7 @@ class Row:
     r: int
     layers: int
     samples: dict[str, list[float]]
-    memory_seconds: float  # the two parts of the floor
-    arithmetic_seconds: float
+    machine: Machine  # in the same rounds
     memory_layers: int
     extra_bytes: dict[str, int]  # empty where it was not measured
 
@@ -56,6 +56,14 @@ class Row:
 
     def over_adamw(self, name: str) -> float:
         return paired_ratio(self.samples, name, "adamw")
+
+    @property
+    def memory_seconds(self) -> float:
+        return self.elements * ADAMW_BYTES / self.machine.bandwidth
+
+    @property
+    def arithmetic_seconds(self) -> float:
+        return self.elements * step_flops(self.r) / self.machine.flops
 
     @property
     def under_published(self) -> float:
@@ -84,6 +92,8 @@ class Row:
             "samples": self.samples,
             "ratio_to_adamw": {name: self.over_adamw(name) for name in self.samples},
             "published_over_stella_adamw": self.under_published,
+            "peak_flops": self.machine.flops,
+            "copy_bandwidth": self.machine.bandwidth,
             "floor_memory_seconds": self.memory_seconds,
             "floor_arithmetic_seconds": self.arithmetic_seconds,
             "fraction_of_floor": self.of_floor,
@@ -100,33 +110,29 @@ def _timed(layers: int, r: int, seconds: float) -> dict[str, list[float]]:
     owned = {name: copies(factors) for name in OPTIMIZERS}
     optimizers = {name: build(owned[name]) for name, build in OPTIMIZERS.items()}
 
-    def fresh_gradients(name: str) -> None:  # attach and the published hooks rewrite them
-        torch._foreach_copy_([f.parameter.grad for f in owned[name]], gradients)
+    def prepare(name: str) -> None:
+        if name in owned:  # attach and the published hooks rewrite the gradients
+            torch._foreach_copy_([f.parameter.grad for f in owned[name]], gradients)
 
-    return interleaved_samples({name: o.step for name, o in optimizers.items()}, seconds, fresh_gradients)
-
-
-def measure(r: int, machine: Machine, seconds: float, with_memory: bool) -> Row:
-    """Time every optimizer at rank r for about ``seconds`` in all, then measure their memory."""
-    layers = LAYERS[r]
-    elements = layers * LLAMA_3_8B.rows * r
-    samples = _timed(layers, r, seconds)
-
-    memory_layers = MEMORY_LAYERS[r]
-    return Row(
-        r=r,
-        layers=layers,
-        samples=samples,
-        memory_seconds=elements * ADAMW_BYTES / machine.bandwidth,
-        arithmetic_seconds=elements * step_flops(r) / machine.flops,
-        memory_layers=memory_layers,
-        extra_bytes={name: measure_extra_bytes(name, memory_layers, r) for name in OPTIMIZERS} if with_memory else {},
+    return interleaved_samples(
+        {**machine_probes(), **{name: o.step for name, o in optimizers.items()}}, seconds, prepare
     )
+
+
+def measure(r: int, seconds: float, with_memory: bool) -> Row:
+    """Time every optimizer at rank r for about ``seconds`` in all, then measure their memory."""
+    samples = _timed(LAYERS[r], r, seconds)
+    machine = machine_of(samples)
+    samples = {name: samples[name] for name in OPTIMIZERS}
+    layers = MEMORY_LAYERS.get(r, 0) if with_memory else 0
+    extra = {name: measure_extra_bytes(name, layers, r) for name in OPTIMIZERS if layers and name != "adamw"}
+    return Row(r, LAYERS[r], samples, machine, layers, extra)
 
 
 HEADER = (
     f"{'r':>4} {'layers':>6} | {'AdamW fused':>12} {'StellaAdamW':>18} {'attach':>18} {'published hooks':>20} | "
-    f"{'publ./Stella':>12} | {'of floor':>8} {'of roofline':>11} | extra memory: Stella, attach, published"
+    f"{'publ./Stella':>12} | {'of floor':>8} {'of roofline':>11} {'peak':>5} {'copy':>5} | "
+    "extra memory: Stella, attach, published"
 )
 
 
@@ -142,7 +148,8 @@ def table_row(row: Row) -> str:
         memory = f"{parts} of the factors of {row.memory_layers} layers"
     return (
         f"{row.r:4d} {row.layers:6d} | {1e3 * row.seconds('adamw'):9.1f} ms {times} | {row.under_published:12.1f} | "
-        f"{row.of_floor:8.0%} {row.of_roofline:11.0%} | {memory}"
+        f"{row.of_floor:8.0%} {row.of_roofline:11.0%} "
+        f"{row.machine.flops / 1e9:5.0f} {row.machine.bandwidth / 1e9:5.0f} | {memory}"
     )
 
 

@@ -15,6 +15,9 @@ from bench.polar import STEP_NORM
 kernels = torch.ops.stella_kernels
 SIZES = pytest.mark.parametrize(("layers", "r"), [(8, 8), (4, 16), (2, 32), (1, 64)])
 
+# 64 unit round-offs, times sqrt(r): past that the native kernel takes a more careful path.
+RESIDUAL = 32 * torch.finfo(torch.float32).eps
+
 
 def tensors(layers: int, r: int) -> tuple[list[Tensor], list[Tensor]]:
     """Factors and gradients of so many layers of a Llama-3-8B, (n, r) views of both storages."""
@@ -54,7 +57,7 @@ def test_project_retract(benchmark, layers: int, r: int) -> None:
         return (work, factors, [1.3] * len(work), "auto"), {}
 
     info = benchmark.pedantic(kernels.project_retract_, setup=setup, rounds=15, warmup_rounds=1)
-    assert worst_residual(info, r) < 5e-6  # what float32 leaves
+    assert worst_residual(info, r) < RESIDUAL
 
 
 @SIZES
@@ -72,4 +75,4 @@ def test_stella_adamw(benchmark, layers: int, r: int, coupled: bool) -> None:
         rounds=15,
         warmup_rounds=1,
     )
-    assert worst_residual(info, r) < 5e-6
+    assert worst_residual(info, r) < RESIDUAL

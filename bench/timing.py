@@ -70,24 +70,29 @@ class Machine:
         return max(flops / self.flops, bytes_moved / self.bandwidth)
 
 
-def measure_machine(size: int = 2048, megabytes: int = 128) -> Machine:
-    """Measure the peak matrix product (``size`` cubed) and copy bandwidth: the best of several, being bounds."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    product = torch.empty(size, size)
-    source = torch.randn(megabytes * 2**20 // 4)
+PRODUCT, COPY = "peak product", "copy"  # names among a row's candidates
+_SIZE = 2048
+_COPIED = 64 * 2**20 // 4  # elements: out of cache
+
+
+def machine_probes() -> dict[str, Callable[[], object]]:
+    """The peak matrix product and the copy, as candidates to run among others, so that both see the same machine."""
+    a, b = torch.randn(_SIZE, _SIZE), torch.randn(_SIZE, _SIZE)
+    product = torch.empty(_SIZE, _SIZE)
+    source = torch.randn(_COPIED)
     target = torch.empty_like(source)
+    return {PRODUCT: lambda: torch.mm(a, b, out=product), COPY: lambda: target.copy_(source)}
 
-    def best(run: Callable[[], object], rounds: int = 8) -> float:
-        run()
-        times = []
-        for _ in range(rounds):
-            start = perf_counter()
-            run()
-            times.append(perf_counter() - start)
-        return min(times)
 
+def machine_of(samples: Mapping[str, list[float]]) -> Machine:
+    """What the probes among the samples reached: the best of them, being bounds."""
     return Machine(
-        flops=2.0 * size**3 / best(lambda: torch.mm(a, b, out=product)),
-        bandwidth=2.0 * 4 * source.numel() / best(lambda: target.copy_(source)),
+        flops=2.0 * _SIZE**3 / min(samples[PRODUCT]),
+        bandwidth=2.0 * 4 * _COPIED / min(samples[COPY]),
         threads=torch.get_num_threads(),
     )
+
+
+def measure_machine() -> Machine:
+    """The peak matrix product and copy bandwidth, alone."""
+    return machine_of(interleaved_samples(machine_probes(), 0.0, min_rounds=8))
