@@ -132,13 +132,16 @@ std::tuple<Tensor, Tensor> polar(const Tensor& M, const std::string& method) {
   char* in = static_cast<char*>(data_of(M));
   char* out = static_cast<char*>(data_of(Q));
   prefer_huge_pages(out, batch * n * r * bytes);
+  constexpr int64_t kStreamedBytes = 4 << 20;
+  const bool stream = batch * n * r * bytes >= kStreamedBytes;
   std::vector<stella::PolarJob> jobs;
   jobs.reserve(batch);
   for (int64_t b = 0; b < batch; ++b) {
     int64_t offset = 0;
     for (int64_t d = 0; d < dims - 2; ++d) offset += index[d] * M.stride(d);
     jobs.push_back({{in + offset * bytes, n, r, M.stride(dims - 2), M.stride(dims - 1), storage},
-                    {out + b * n * r * bytes, n, r, r, 1, storage}});
+                    {out + b * n * r * bytes, n, r, r, 1, storage},
+                    stream});
     for (int64_t d = dims - 3; d >= 0 && ++index[d] == shape[d]; --d) index[d] = 0;
   }
   const std::vector<stella::Outcome> outcomes = stella::polar(pool(), jobs, method_of(method));

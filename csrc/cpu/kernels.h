@@ -31,6 +31,7 @@ struct Outcome {
 // out = uf(in).
 struct PolarJob {
   MatrixView in, out;
+  bool stream = false;  // all results together are too large to stay in the cache: write past it where that is possible
 };
 
 // moved <- uf(Y + Delta), Delta the tangent projection at Y = previous of (moved - previous) / divisor.

@@ -66,7 +66,7 @@ class PolarPasses {
   // With `gram`, adds the Gram matrix of the result.
   void update(const double* coefficients, double* gram) const {
     if (!by_rows_) return update_pass(panels_, coefficients, 0, false, job_.out, gram);
-    update_of_rows(job_.in, job_.out, panels_.begin, panels_.end, coefficients);
+    update_of_rows(job_.in, job_.out, panels_.begin, panels_.end, coefficients, job_.stream && !gram);
     if (!gram) return;
     Panels<T> result(&job_.out, nullptr, false, T(1), panels_.begin, panels_.end);
     gram_pass(result, gram);

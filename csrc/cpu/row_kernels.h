@@ -2,6 +2,10 @@
 // (r = 8 for AVX2), its Gram matrix too. Nothing is packed, and reading memory overlaps with the arithmetic.
 #pragma once
 
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
 #include "panel.h"
 
 namespace stella::STELLA_ISA {
@@ -34,8 +38,25 @@ void gram_of_rows(const MatrixView& view, int64_t begin, int64_t end, double* gr
   }
 }
 
+// Stores past the cache, which spares reading the line first; `to` is aligned to the vector.
+STELLA_INLINE void stream(float* to, Vector<float> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, reinterpret_cast<__m512>(v));
+#elif defined(__AVX__)
+  _mm256_stream_ps(to, reinterpret_cast<__m256>(v));
+#elif defined(__SSE2__)
+  _mm_stream_ps(to, reinterpret_cast<__m128>(v));
+#else
+  store(to, v);
+#endif
+}
+
+bool can_stream(const MatrixView& out) {
+  return reinterpret_cast<uintptr_t>(out.data) % STELLA_VECTOR_BYTES == 0 && out.row_stride % kRowLanes == 0;
+}
+
 // `rows` rows of `vectors` vectors of out = in * coefficients; the coefficients have r columns.
-template <int rows, int vectors>
+template <int rows, int vectors, bool streamed>
 STELLA_INLINE void update_tile(const float* from, int64_t from_stride, int64_t r, const float* coefficients, float* to,
                                int64_t to_stride) {
   using V = Vector<float>;
@@ -54,32 +75,51 @@ STELLA_INLINE void update_tile(const float* from, int64_t from_stride, int64_t r
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) store(to + i * to_stride + v * kRowLanes, sums[i][v]);
+    for (int v = 0; v < vectors; ++v) {
+      if constexpr (streamed)
+        stream(to + i * to_stride + v * kRowLanes, sums[i][v]);
+      else
+        store(to + i * to_stride + v * kRowLanes, sums[i][v]);
+    }
 }
 
-template <int rows>
+template <int rows, bool streamed>
 STELLA_INLINE void update_some_rows(const float* from, int64_t from_stride, int64_t r, const float* coefficients,
                                     float* to, int64_t to_stride) {
   int64_t j = 0;
   for (; j + 2 * kRowLanes <= r; j += 2 * kRowLanes)
-    update_tile<rows, 2>(from, from_stride, r, coefficients + j, to + j, to_stride);
-  if (j < r) update_tile<rows, 1>(from, from_stride, r, coefficients + j, to + j, to_stride);
+    update_tile<rows, 2, streamed>(from, from_stride, r, coefficients + j, to + j, to_stride);
+  if (j < r) update_tile<rows, 1, streamed>(from, from_stride, r, coefficients + j, to + j, to_stride);
 }
 
-// out = in * coefficients (r x r, row-major) on rows [begin, end).
-void update_of_rows(const MatrixView& in, const MatrixView& out, int64_t begin, int64_t end,
-                    const double* coefficients) {
+template <bool streamed>
+void update_rows(const float* from, int64_t from_stride, int64_t r, const float* coefficients, float* to,
+                 int64_t to_stride, int64_t rows) {
   constexpr int kTogether = 6;
+  int64_t i = 0;
+  for (; i + kTogether <= rows; i += kTogether)
+    update_some_rows<kTogether, streamed>(from + i * from_stride, from_stride, r, coefficients, to + i * to_stride,
+                                          to_stride);
+  for (; i < rows; ++i)
+    update_some_rows<1, streamed>(from + i * from_stride, from_stride, r, coefficients, to + i * to_stride, to_stride);
+}
+
+// out = in * coefficients (r x r, row-major) on rows [begin, end); `streamed` asks for stores past the cache.
+void update_of_rows(const MatrixView& in, const MatrixView& out, int64_t begin, int64_t end, const double* coefficients,
+                    bool streamed) {
   const int64_t r = in.r;
   float* c = scratch().coefficients.reserve<float>(r * r);
   for (int64_t k = 0; k < r * r; ++k) c[k] = static_cast<float>(coefficients[k]);
-  const float* from = static_cast<const float*>(in.data);
-  float* to = static_cast<float*>(out.data);
-  int64_t i = begin;
-  for (; i + kTogether <= end; i += kTogether)
-    update_some_rows<kTogether>(from + i * in.row_stride, in.row_stride, r, c, to + i * out.row_stride, out.row_stride);
-  for (; i < end; ++i)
-    update_some_rows<1>(from + i * in.row_stride, in.row_stride, r, c, to + i * out.row_stride, out.row_stride);
+  const float* from = static_cast<const float*>(in.data) + begin * in.row_stride;
+  float* to = static_cast<float*>(out.data) + begin * out.row_stride;
+  if (streamed && can_stream(out)) {
+    update_rows<true>(from, in.row_stride, r, c, to, out.row_stride, end - begin);
+#ifdef __SSE2__
+    _mm_sfence();  // before other threads are told that the rows are there
+#endif
+  } else {
+    update_rows<false>(from, in.row_stride, r, c, to, out.row_stride, end - begin);
+  }
 }
 
 }  // namespace
