@@ -141,9 +141,13 @@ std::tuple<Tensor, Tensor> polar(const Tensor& M, const std::string& method) {
     for (int64_t d = 0; d < dims - 2; ++d) offset += index[d] * M.stride(d);
     jobs.push_back({{in + offset * bytes, n, r, M.stride(dims - 2), M.stride(dims - 1), storage},
                     {out + b * n * r * bytes, n, r, r, 1, storage},
+                    nullptr,
                     stream});
     for (int64_t d = dims - 3; d >= 0 && ++index[d] == shape[d]; --d) index[d] = 0;
   }
+  // Threads take the matrices in turn, so the one after next is this thread's.
+  if (M.stride(dims - 1) == 1 && M.stride(dims - 2) == r)
+    for (int64_t b = 0; b + pool().threads < batch; ++b) jobs[b].upcoming = jobs[b + pool().threads].in.data;
   const std::vector<stella::Outcome> outcomes = stella::polar(pool(), jobs, method_of(method));
   for (size_t b = 0; b < outcomes.size(); ++b) {
     STD_TORCH_CHECK(outcomes[b].status != stella::Status::non_finite, "polar: matrix ", b,

@@ -31,6 +31,7 @@ struct Outcome {
 // out = uf(in).
 struct PolarJob {
   MatrixView in, out;
+  const void* upcoming = nullptr;  // n r elements that this thread will probably read next: fetched meanwhile
   bool stream = false;  // all results together are too large to stay in the cache: write past it where that is possible
 };
 

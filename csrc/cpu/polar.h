@@ -66,7 +66,8 @@ class PolarPasses {
   // With `gram`, adds the Gram matrix of the result.
   void update(const double* coefficients, double* gram) const {
     if (!by_rows_) return update_pass(panels_, coefficients, 0, false, job_.out, gram);
-    update_of_rows(job_.in, job_.out, panels_.begin, panels_.end, coefficients, job_.stream && !gram);
+    update_of_rows(job_.in, job_.out, panels_.begin, panels_.end, coefficients, job_.stream && !gram,
+                   gram_by_rows_ ? job_.upcoming : nullptr);
     if (!gram) return;
     Panels<T> result(&job_.out, nullptr, false, T(1), panels_.begin, panels_.end);
     gram_pass(result, gram);

@@ -94,31 +94,35 @@ STELLA_INLINE void update_some_rows(const float* from, int64_t from_stride, int6
 
 template <bool streamed>
 void update_rows(const float* from, int64_t from_stride, int64_t r, const float* coefficients, float* to,
-                 int64_t to_stride, int64_t rows) {
+                 int64_t to_stride, int64_t rows, const float* upcoming) {
   constexpr int kTogether = 6;
   int64_t i = 0;
-  for (; i + kTogether <= rows; i += kTogether)
+  for (; i + kTogether <= rows; i += kTogether) {
+    if (upcoming)
+      for (int64_t k = 0; k < kTogether * r; k += 16) __builtin_prefetch(upcoming + i * r + k, 0, 2);
     update_some_rows<kTogether, streamed>(from + i * from_stride, from_stride, r, coefficients, to + i * to_stride,
                                           to_stride);
+  }
   for (; i < rows; ++i)
     update_some_rows<1, streamed>(from + i * from_stride, from_stride, r, coefficients, to + i * to_stride, to_stride);
 }
 
 // out = in * coefficients (r x r, row-major) on rows [begin, end); `streamed` asks for stores past the cache.
 void update_of_rows(const MatrixView& in, const MatrixView& out, int64_t begin, int64_t end, const double* coefficients,
-                    bool streamed) {
+                    bool streamed, const void* upcoming) {
   const int64_t r = in.r;
   float* c = scratch().coefficients.reserve<float>(r * r);
   for (int64_t k = 0; k < r * r; ++k) c[k] = static_cast<float>(coefficients[k]);
   const float* from = static_cast<const float*>(in.data) + begin * in.row_stride;
   float* to = static_cast<float*>(out.data) + begin * out.row_stride;
+  const float* next = upcoming ? static_cast<const float*>(upcoming) + begin * r : nullptr;
   if (streamed && can_stream(out)) {
-    update_rows<true>(from, in.row_stride, r, c, to, out.row_stride, end - begin);
+    update_rows<true>(from, in.row_stride, r, c, to, out.row_stride, end - begin, next);
 #ifdef __SSE2__
     _mm_sfence();  // before other threads are told that the rows are there
 #endif
   } else {
-    update_rows<false>(from, in.row_stride, r, c, to, out.row_stride, end - begin);
+    update_rows<false>(from, in.row_stride, r, c, to, out.row_stride, end - begin, next);
   }
 }
 
