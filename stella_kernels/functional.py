@@ -190,12 +190,13 @@ def polar(M: Tensor, method: str = "auto", return_info: bool = False) -> Tensor 
     Args:
         M: (..., n, r) with n >= r, float32, float64, bfloat16 or float16 (the last two are computed in float32), on any
             device; an empty batch gives an empty result.
-        method: "auto" (decides from the measured residual, for each matrix), "newton_schulz" or "svd".
+        method: "auto" (decides from condition number and residual, for each matrix), "newton_schulz" or "svd".
         return_info: also return what was done.
 
     Returns:
         Q of M's shape and dtype; with ``return_info`` also info, (matrices, 4) float64 on the CPU, with the columns
-        status (0 ok, 2 not converged), residual ‖QᵀQ − I‖_F, iterations and path.
+        status (0 ok, 2 not converged), residual ‖QᵀQ − I‖_F (measured, or a bound
+        where the condition number is bounded), iterations and path.
 
     Raises:
         TypeError: M is not a floating-point tensor.
