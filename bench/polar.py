@@ -60,13 +60,13 @@ class Row:
 
 
 def retraction_input(batch: int, n: int, r: int, generator: torch.Generator | None = None) -> Tensor:
-    """``Y + Δ`` as a training step leaves it, (batch, n, r) float32: Y orthonormal, Δ tangent, ``‖Δ‖₂ = STEP_NORM``."""
+    """``Y + Δ`` as a training step leaves it: Y orthonormal, Δ tangent, ``‖Δ‖₂ = STEP_NORM``; contiguous float32."""
     Y = torch.linalg.qr(torch.randn(batch, n, r, generator=generator)).Q
     delta = torch.randn(batch, n, r, generator=generator)
     product = Y.mT @ delta
     delta -= Y @ (0.5 * (product + product.mT))
     norm = torch.linalg.eigvalsh(delta.mT @ delta)[:, -1].sqrt()  # (batch,)
-    return Y + delta * (STEP_NORM / norm)[:, None, None]
+    return (Y + delta * (STEP_NORM / norm)[:, None, None]).contiguous()  # Y is LAPACK's, and column-major
 
 
 def relative_error(Q: Tensor, exact: Tensor) -> float:
