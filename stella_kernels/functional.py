@@ -195,8 +195,8 @@ def polar(M: Tensor, method: str = "auto", return_info: bool = False) -> Tensor 
 
     Returns:
         Q of M's shape and dtype; with ``return_info`` also info, (matrices, 4) float64 on the CPU, with the columns
-        status (0 ok, 2 not converged), residual ‖QᵀQ − I‖_F (measured, or a bound
-        where the condition number is bounded), iterations and path.
+        status (0 ok, 2 not converged), residual ‖QᵀQ − I‖_F (measured, or a bound where the
+        condition number is bounded), iterations (0: MᵀM is near a multiple of I, and its series is enough) and path.
 
     Raises:
         TypeError: M is not a floating-point tensor.

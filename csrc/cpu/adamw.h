@@ -154,7 +154,7 @@ void retract_pass(const AdamwJob& job, const Panels<T>& panels, const T* steps, 
 template <typename T>
 bool adamw_coefficients(const AdamwJob& job, const double* gram, double* coefficients, Outcome* outcome) {
   const double limit = std::is_same_v<T, float> ? kFloatConditionLimit : kDoubleConditionLimit;
-  return retract_coefficients(gram, job.factor.r, solve_tolerance<T>(), limit, coefficients, outcome);
+  return retract_coefficients<T>(gram, job.factor.r, limit, coefficients, outcome);
 }
 
 bool adamw_solve(const AdamwJob& job, const double* gram, double* coefficients, Outcome* outcome) {

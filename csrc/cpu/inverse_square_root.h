@@ -1,4 +1,5 @@
-// R = G^(-1/2) of an r x r symmetric positive definite matrix in float64, by coupled Newton-Schulz.
+// R = G^(-1/2) of an r x r symmetric positive definite matrix: by the binomial series near a multiple of the identity,
+// else in float64 by coupled Newton-Schulz.
 //
 // With E = I - Z Y the coupled iteration Y <- Y T, Z <- T Z takes T = I + E/2 + 3 E^2/8, the head of the series of
 // (I - E)^(-1/2), or T = I + E/2 where that is enough (Higham, Functions of Matrices, 2008, sections 5.3 and 6.4). Then
@@ -6,7 +7,7 @@
 // number of steps before the first product is made.
 #pragma once
 
-#include "microkernels.h"
+#include "binomial_series.h"
 
 namespace stella::STELLA_ISA {
 
@@ -19,31 +20,6 @@ struct SmallResult {
   double condition = 1.0;  // of G
   bool bounded = false;    // the condition number is a bound, not an estimate
 };
-
-STELLA_INLINE int64_t square_leading(int64_t r) { return round_up(r, kLanes<double>); }
-STELLA_INLINE int64_t square_size(int64_t r) { return round_up(r, kCombineColumns) * square_leading(r); }
-
-STELLA_INLINE double absolute(double x) { return x < 0 ? -x : x; }
-STELLA_INLINE bool is_finite(double x) { return x - x == 0.0; }
-
-inline double dot(const double* a, const double* b, int64_t n) {
-  using V = Vector<double>;
-  V sum = {};
-  int64_t i = 0;
-  for (; i + kLanes<double> <= n; i += kLanes<double>) sum += load<V>(a + i) * load<V>(b + i);
-  double total = 0.0;
-  for (int lane = 0; lane < kLanes<double>; ++lane) total += sum[lane];
-  for (; i < n; ++i) total += a[i] * b[i];
-  return total;
-}
-
-// out = a^T b for r x r matrices with leading dimension square_leading(r), rows padded to four.
-inline void multiply(const double* a, const double* b, int64_t r, double* out) {
-  const int64_t leading = square_leading(r);
-  double* blocked = scratch().coefficients.reserve<double>(round_up(r, kCombineColumns) * r);
-  block_coefficients(a, leading, r, r, blocked);
-  combine<double>(b, r, leading, blocked, r, nullptr, out, leading, leading);
-}
 
 // Whether to take I + E/2: where it takes an error of norm e below the tolerance, and where no bound below one is known
 // yet, for it amplifies the round-off of an ill-conditioned matrix less.
@@ -87,28 +63,6 @@ inline double largest_eigenvalue(const double* a, int64_t r, double* vectors) {
   return value;
 }
 
-// ||a - shift I||_F
-inline double frobenius_norm(const double* a, int64_t r, double shift = 0.0) {
-  const int64_t leading = square_leading(r);
-  double sum = 0.0;
-  for (int64_t i = 0; i < r; ++i) {
-    const double* row = a + i * leading;
-    const double off = row[i] - shift;
-    sum += dot(row, row, i) + dot(row + i + 1, row + i + 1, r - i - 1) + off * off;
-  }
-  return __builtin_sqrt(sum);
-}
-
-inline void transpose(double* a, int64_t r) {
-  const int64_t leading = square_leading(r);
-  for (int64_t i = 0; i < r; ++i)
-    for (int64_t j = i + 1; j < r; ++j) {
-      const double upper = a[i * leading + j];
-      a[i * leading + j] = a[j * leading + i];
-      a[j * leading + i] = upper;
-    }
-}
-
 // T of the iteration for P = Z Y, which is overwritten by E = I - P; `error` is a bound on its norm, `square` is
 // scratch.
 inline void iteration_factor(double* P, int64_t r, double error, double tolerance, double* square, double* T) {
@@ -126,9 +80,34 @@ inline void iteration_factor(double* P, int64_t r, double error, double toleranc
   for (int64_t i = 0; i < r; ++i) T[i * leading + i] += 1.0;
 }
 
-// G and R have leading dimension square_leading(r); G is symmetric. square[0..3] and square[6..7] of the scratch are
-// used.
-inline SmallResult inverse_square_root(const double* G, int64_t r, double tolerance, double* R) {
+// R by the series around `scale` times the identity; converged is false where that takes too many terms.
+template <typename T>
+SmallResult inverse_square_root_near_identity(const double* G, int64_t r, double scale, double tolerance, double* R) {
+  SmallResult result;
+  const int64_t leading = square_leading(r), padded = square_leading<T>(r), size = square_size<T>(r);
+  T* E = scratch().square[0].reserve<T>(6 * size);
+  T* F = E + size;
+  const double inverse = 1.0 / scale;
+  for (int64_t i = 0; i < r; ++i) {
+    for (int64_t j = 0; j < r; ++j) E[i * padded + j] = static_cast<T>((i == j ? 1.0 : 0.0) - G[i * leading + j] * inverse);
+    for (int64_t j = r; j < padded; ++j) E[i * padded + j] = T(0);
+  }
+  const SeriesResult series = inverse_square_root_series(E, r, tolerance, F + size, F);
+  if (!series.found) return result;
+  const double root = 1.0 / __builtin_sqrt(scale);
+  for (int64_t i = 0; i < r; ++i)
+    for (int64_t j = 0; j < r; ++j)
+      R[i * leading + j] = root * ((i == j ? 1.0 : 0.0) + static_cast<double>(F[i * padded + j]));
+  result.converged = result.bounded = true;
+  result.condition = (1.0 + series.spectral) / (1.0 - series.spectral);
+  result.residual = series.residual;
+  return result;
+}
+
+// G and R have leading dimension square_leading(r); G is symmetric. Series, double or float, is the arithmetic of the
+// series. square[0..3] and square[6..7] of the scratch are used.
+template <typename Series>
+SmallResult inverse_square_root(const double* G, int64_t r, double tolerance, double* R) {
   SmallResult result;
   const int64_t leading = square_leading(r);
   double trace = 0.0, frobenius = 0.0, row_sum = 0.0, low = G[0];
@@ -145,6 +124,11 @@ inline SmallResult inverse_square_root(const double* G, int64_t r, double tolera
     if (diagonal - (sum - diagonal) < low) low = diagonal - (sum - diagonal);
   }
   if (!is_finite(frobenius) || !(trace > 0.0)) return result;
+
+  if (frobenius * static_cast<double>(r) < 1.04 * trace * trace) {  // else some eigenvalue of E is past 0.2
+    const SmallResult near = inverse_square_root_near_identity<Series>(G, r, frobenius / trace, tolerance, R);
+    if (near.converged) return near;
+  }
 
   const int64_t size = square_size(r);
   Scratch& s = scratch();

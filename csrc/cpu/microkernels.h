@@ -106,13 +106,17 @@ void combine(const T* panel, int64_t terms, int64_t leading, const T* coefficien
                          out + j * out_leading + i, out_leading);
 }
 
-// (terms, columns) row-major float64 coefficients to blocks of four columns, zero-padded, in the arithmetic type.
-template <typename T>
-void block_coefficients(const double* from, int64_t from_leading, int64_t terms, int64_t columns, T* to) {
+// (terms, columns) row-major coefficients to blocks of four columns, zero-padded, in the arithmetic type.
+template <typename S, typename T>
+void block_coefficients(const S* from, int64_t from_leading, int64_t terms, int64_t columns, T* to) {
   for (int64_t j = 0; j < columns; j += kCombineColumns)
-    for (int64_t k = 0; k < terms; ++k)
-      for (int64_t c = 0; c < kCombineColumns; ++c)
-        *to++ = j + c < columns ? static_cast<T>(from[k * from_leading + j + c]) : T(0);
+    for (int64_t k = 0; k < terms; ++k, to += kCombineColumns) {
+      const S* four = from + k * from_leading + j;
+      if (columns - j >= kCombineColumns)
+        for (int c = 0; c < kCombineColumns; ++c) to[c] = static_cast<T>(four[c]);
+      else
+        for (int c = 0; c < kCombineColumns; ++c) to[c] = j + c < columns ? static_cast<T>(four[c]) : T(0);
+    }
 }
 
 }  // namespace stella::STELLA_ISA

@@ -22,7 +22,7 @@ bool polar_coefficients(const double* gram, int64_t r, double tolerance, double 
   double* G = s.square[4].reserve<double>(square_size(r));
   double* R = s.square[5].reserve<double>(square_size(r));
   symmetric_from_upper(gram, r, 0, r, G);
-  const SmallResult result = inverse_square_root(G, r, tolerance, R);
+  const SmallResult result = inverse_square_root<T>(G, r, tolerance, R);
   outcome->iterations += result.iterations;
   if (!result.converged || !(result.condition <= limit)) return false;
   for (int64_t i = 0; i < r; ++i)

@@ -7,35 +7,68 @@
 namespace stella::STELLA_ISA {
 namespace {
 
-// From the Gram of [Y, Delta], blocks C = Y^T Y, A = Y^T Delta, D = Delta^T Delta: B = I - symm(A), the Gram of
-// M = Y B + Delta as G = B^T C B + B A + A^T B + D, R = G^(-1/2). The new factor is Y (B R) + Delta R; the
+// The Gram matrix of M = Y B + Delta, B = I - S, S = symm(A), from C = Y^T Y, A = Y^T Delta and D = Delta^T Delta:
+// G = B C B + B A + A^T B + D. For C = I + K that is I + K + D - P - P^T + S K S with the one product
+// P = S (A + K - S/2), small beside I like its factors, so that T's own precision is enough for it; S K S is dropped
+// where it is below the tolerance. G has D's place and D is its input. A and C are overwritten.
+template <typename T>
+void gram_of_moved(double* C, double* A, double* G, int64_t r, double tolerance) {
+  const int64_t leading = square_leading(r), padded = square_leading<T>(r), size = square_size<T>(r);
+  T* S = scratch().square[0].reserve<T>(3 * size);
+  T *X = S + size, *P = X + size;
+  double symmetric = 0.0, deviation = 0.0;
+  for (int64_t i = 0; i < r; ++i) {
+    for (int64_t j = 0; j < r; ++j) {
+      const double s = 0.5 * (A[i * leading + j] + A[j * leading + i]);
+      const double k = C[i * leading + j] - (i == j ? 1.0 : 0.0);
+      symmetric += s * s;
+      deviation += k * k;
+      S[i * padded + j] = static_cast<T>(s);
+      X[i * padded + j] = static_cast<T>(A[i * leading + j] + k - 0.5 * s);
+    }
+    for (int64_t j = r; j < padded; ++j) S[i * padded + j] = X[i * padded + j] = T(0);
+  }
+  if (symmetric * __builtin_sqrt(deviation) <= tolerance && symmetric < 1.0) {
+    multiply(S, X, r, P);
+    for (int64_t i = 0; i < r; ++i)
+      for (int64_t j = 0; j < r; ++j)
+        G[i * leading + j] += C[i * leading + j] - static_cast<double>(P[i * padded + j] + P[j * padded + i]);
+    return;
+  }
+  double* B = scratch().square[1].reserve<double>(2 * square_size(r));
+  double* product = B + square_size(r);
+  for (int64_t i = 0; i < r; ++i) {
+    for (int64_t j = 0; j < r; ++j)
+      B[i * leading + j] = (i == j ? 1.0 : 0.0) - 0.5 * (A[i * leading + j] + A[j * leading + i]);
+    for (int64_t j = r; j < leading; ++j) B[i * leading + j] = 0.0;
+  }
+  multiply(B, A, r, product);  // B^T A = B A
+  for (int64_t i = 0; i < r; ++i)
+    for (int64_t j = 0; j < r; ++j) G[i * leading + j] += product[i * leading + j] + product[j * leading + i];
+  multiply(C, B, r, product);  // C B
+  multiply(B, product, r, A);  // B C B
+  for (int64_t i = 0; i < r; ++i)
+    for (int64_t j = 0; j < r; ++j) G[i * leading + j] += A[i * leading + j];
+}
+
+// From the Gram of [Y, Delta] to R = G^(-1/2), G that of M = Y B + Delta. The new factor is Y (B R) + Delta R; the
 // coefficients (2r x r) are [B R - I; R], to be added to Y, so that round-off scales with the step and not with Y.
-bool retract_coefficients(const double* gram, int64_t r, double tolerance, double limit, double* coefficients,
-                          Outcome* outcome) {
+template <typename T>
+bool retract_coefficients(const double* gram, int64_t r, double limit, double* coefficients, Outcome* outcome) {
   const int64_t order = 2 * r, leading = square_leading(r), size = square_size(r);
-  Buffer small;
-  double* C = small.reserve<double>(4 * size);
-  double* A = C + size;
-  double* B = A + size;
-  double* P = B + size;
+  const double tolerance = solve_tolerance<T>();
   Scratch& s = scratch();
+  double* C = s.square[8].reserve<double>(2 * size);
+  double* A = C + size;
   double* G = s.square[4].reserve<double>(size);
   double* R = s.square[5].reserve<double>(size);
   symmetric_from_upper(gram, order, 0, r, C);
   symmetric_from_upper(gram, order, r, r, G);  // D
-  for (int64_t i = 0; i < size; ++i) A[i] = B[i] = 0.0;
+  for (int64_t i = 0; i < size; ++i) A[i] = 0.0;
   for (int64_t i = 0; i < r; ++i)
     for (int64_t j = 0; j < r; ++j) A[i * leading + j] = gram[i * order + r + j];
-  for (int64_t i = 0; i < r; ++i)
-    for (int64_t j = 0; j < r; ++j)
-      B[i * leading + j] = (i == j ? 1.0 : 0.0) - 0.5 * (A[i * leading + j] + A[j * leading + i]);
-  multiply(B, A, r, P);  // B^T A = B A
-  for (int64_t i = 0; i < r; ++i)
-    for (int64_t j = 0; j < r; ++j) G[i * leading + j] += P[i * leading + j] + P[j * leading + i];
-  multiply(C, B, r, P);  // C B
-  multiply(B, P, r, A);  // B C B
-  for (int64_t i = 0; i < size; ++i) G[i] += A[i];
-  const SmallResult result = inverse_square_root(G, r, tolerance, R);
+  gram_of_moved<T>(C, A, G, r, tolerance);
+  const SmallResult result = inverse_square_root<T>(G, r, tolerance, R);
   outcome->iterations += result.iterations;
   outcome->residual = result.residual;
   // A step along Y cancels in G, and leaves there the round-off of the terms that cancelled.
@@ -47,11 +80,23 @@ bool retract_coefficients(const double* gram, int64_t r, double tolerance, doubl
   }
   const double growth = terms > sum ? terms / sum : 1.0;
   if (!result.converged || !(result.condition * growth <= limit)) return false;
-  multiply(B, R, r, P);
+  // B R - I = (R - I) - S R: both small, S R a product in T.
+  const int64_t padded = square_leading<T>(r);
+  T* S = s.square[0].reserve<T>(3 * square_size<T>(r));
+  T *root = S + square_size<T>(r), *product = root + square_size<T>(r);
+  for (int64_t i = 0; i < r; ++i) {
+    for (int64_t j = 0; j < r; ++j) {
+      S[i * padded + j] = static_cast<T>(0.5 * (gram[i * order + r + j] + gram[j * order + r + i]));
+      root[i * padded + j] = static_cast<T>(R[i * leading + j]);
+    }
+    for (int64_t j = r; j < padded; ++j) S[i * padded + j] = root[i * padded + j] = T(0);
+  }
+  multiply(S, root, r, product);
   for (int64_t i = 0; i < r; ++i)
     for (int64_t j = 0; j < r; ++j) {
-      coefficients[i * r + j] = P[i * leading + j] - (i == j ? 1.0 : 0.0);
-      coefficients[(r + i) * r + j] = R[i * leading + j];
+      const double value = R[i * leading + j];
+      coefficients[i * r + j] = value - (i == j ? 1.0 : 0.0) - static_cast<double>(product[i * padded + j]);
+      coefficients[(r + i) * r + j] = value;
     }
   return true;
 }
@@ -64,7 +109,7 @@ bool retract_newton_schulz(const RetractJob& job, double limit, Outcome* outcome
   gram_pass(panels, gram);
   Buffer small;
   double* coefficients = small.reserve<double>(2 * r * r);
-  if (!retract_coefficients(gram, r, solve_tolerance<T>(), limit, coefficients, outcome)) return false;
+  if (!retract_coefficients<T>(gram, r, limit, coefficients, outcome)) return false;
   update_pass(panels, coefficients, 0, true, job.moved, nullptr);
   return true;
 }
@@ -137,9 +182,8 @@ void retract_gram(const RetractJob& job, int64_t begin, int64_t end, double* gra
 
 bool retract_solve(const RetractJob& job, const double* gram, double* coefficients, Outcome* outcome) {
   if (job.moved.storage == Storage::float64)
-    return retract_coefficients(gram, job.moved.r, solve_tolerance<double>(), kDoubleConditionLimit, coefficients,
-                                outcome);
-  return retract_coefficients(gram, job.moved.r, solve_tolerance<float>(), kFloatConditionLimit, coefficients, outcome);
+    return retract_coefficients<double>(gram, job.moved.r, kDoubleConditionLimit, coefficients, outcome);
+  return retract_coefficients<float>(gram, job.moved.r, kFloatConditionLimit, coefficients, outcome);
 }
 
 void retract_update(const RetractJob& job, int64_t begin, int64_t end, const double* coefficients) {
