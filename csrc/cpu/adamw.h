@@ -3,6 +3,7 @@
 // (twice), the moments once; between the passes the steps are kept, one factor's worth.
 #pragma once
 
+#include "adamw_rows.h"
 #include "passes.h"
 #include "retract.h"
 
@@ -16,39 +17,6 @@ int64_t adamw_steps_bytes(const AdamwJob& job) {
   const int64_t bytes = job.factor.storage == Storage::float64 ? 8 : 4;
   return (job.factor.n + STELLA_VECTOR_BYTES / bytes) * job.factor.r * bytes;  // the last chunk is padded to a vector
 }
-
-template <typename T>
-struct Moments {
-  T keep1, keep2, add2, rate, root_correction, epsilon, sign;
-
-  explicit Moments(const AdamwJob& job)
-      : keep1(static_cast<T>(1.0 - job.beta1)),
-        keep2(static_cast<T>(job.beta2)),
-        add2(static_cast<T>(1.0 - job.beta2)),
-        rate(static_cast<T>(-job.learning_rate / job.correction1 / job.divisor)),
-        root_correction(static_cast<T>(1.0 / __builtin_sqrt(job.correction2))),
-        epsilon(static_cast<T>(job.epsilon)),
-        sign(static_cast<T>(job.sign)) {}
-
-  // Riemannian gradients in `values` become steps; the moments are advanced in their own storage.
-  template <typename S>
-  void advance(T* __restrict values, S* __restrict first, S* __restrict second, int64_t count) const {
-    for (int64_t i = 0; i < count; ++i) {
-      const T g = values[i] * sign;
-      const T m0 = static_cast<T>(widen(first[i]));
-      const T m = m0 + keep1 * (g - m0);
-      const T v = keep2 * static_cast<T>(widen(second[i])) + add2 * g * g;
-      first[i] = Narrow<S>::from(m);
-      second[i] = Narrow<S>::from(v);
-      T root;
-      if constexpr (std::is_same_v<T, float>)
-        root = __builtin_sqrtf(v);
-      else
-        root = __builtin_sqrt(v);
-      values[i] = rate * m / (root * root_correction + epsilon);
-    }
-  }
-};
 
 // Riemannian gradients in the columns of `panel` become steps.
 template <typename T>
@@ -93,7 +61,8 @@ void advance_chunk(const AdamwJob& job, int64_t begin, int64_t rows, int64_t pad
 
 // Y^T gradient, added to `coupling` (r x r): the transpose of the K of the Riemannian gradient.
 template <typename T>
-void coupling_pass(Panels<T>& panels, double* coupling) {
+void coupling_pass(const AdamwJob& job, Panels<T>& panels, double* coupling) {
+  if (adamw_by_rows(job)) return coupling_of_rows(job, panels.begin, panels.end, coupling);
   const int64_t r = panels.first->r;
   for (int64_t i = panels.begin; i < panels.end; i += panels.chunk) {
     const T* panel = panels.at(i);
@@ -110,6 +79,8 @@ void step_pass(const AdamwJob& job, Panels<T>& panels, const double* coupling, T
   double* negative = s.square[5].reserve<double>(r * r);
   for (int64_t i = 0; i < r; ++i)  // gradient_j - sum_i Y_i (gradient^T Y)[i, j], and coupling is Y^T gradient
     for (int64_t j = 0; j < r; ++j) negative[i * r + j] = -coupling[j * r + i];
+  if constexpr (std::is_same_v<T, float>)
+    if (adamw_by_rows(job)) return step_of_rows(job, panels.begin, panels.end, negative, steps, gram);
   T* blocked = s.coefficients.reserve<T>(r * out_rows);
   block_coefficients(negative, r, r, r, blocked);
   T* result = s.output.reserve<T>(out_rows * leading);
@@ -132,6 +103,8 @@ void step_pass(const AdamwJob& job, Panels<T>& panels, const double* coupling, T
 // Y <- Y + Y (B R - I) + step R.
 template <typename T>
 void retract_pass(const AdamwJob& job, const Panels<T>& panels, const T* steps, const double* coefficients) {
+  if constexpr (std::is_same_v<T, float>)
+    if (adamw_by_rows(job)) return retract_rows(job, panels.begin, panels.end, steps, coefficients);
   const int64_t r = job.factor.r, leading = panels.leading, out_rows = round_up(r, kCombineColumns);
   Scratch& s = scratch();
   T* blocked = s.coefficients.reserve<T>(2 * r * out_rows);
@@ -174,6 +147,7 @@ void adamw_fallback(const AdamwJob& job, const void* steps, Outcome* outcome) {
   double* D = Y + n * r;
   pack<double>(job.factor, 0, n, n, Y, n, 1.0);
   bool finite = all_finite(job.factor, 0, n);
+  const bool by_rows = adamw_by_rows(job);
   with_arithmetic(job.factor, [&](auto zero) {
     using T = decltype(zero);
     // The chunks are those of the passes; a matrix in blocks has chunks of the same size.
@@ -181,9 +155,10 @@ void adamw_fallback(const AdamwJob& job, const void* steps, Outcome* outcome) {
     for (int64_t i = 0; i < n; i += whole) {
       const int64_t rows = n - i < whole ? n - i : whole, padded = round_up(rows, kLanes<T>);
       const T* kept = static_cast<const T*>(steps) + steps_offset(i, r);
+      const int64_t row_stride = by_rows ? r : 1, col_stride = by_rows ? 1 : padded;
       for (int64_t j = 0; j < r; ++j)
         for (int64_t k = 0; k < rows; ++k) {
-          const double value = static_cast<double>(kept[j * padded + k]);
+          const double value = static_cast<double>(kept[k * row_stride + j * col_stride]);
           finite = finite && is_finite(value);
           D[j * n + i + k] = value;
         }
@@ -211,7 +186,7 @@ void adamw(const AdamwJob& job, Outcome* outcome) {
         for (int64_t j = 0; j < r; ++j) coupling[j * r + i] = job.coupling[i * r + j];
     } else {
       for (int64_t i = 0; i < r * r; ++i) coupling[i] = 0.0;
-      coupling_pass(panels, coupling);
+      coupling_pass(job, panels, coupling);
     }
     T* steps = s.steps.reserve<T>(adamw_steps_bytes(job) / static_cast<int64_t>(sizeof(T)));
     double* gram = s.second_gram.reserve<double>(4 * r * r);
@@ -229,7 +204,7 @@ void adamw(const AdamwJob& job, Outcome* outcome) {
 void adamw_coupling(const AdamwJob& job, int64_t begin, int64_t end, double* coupling) {
   with_arithmetic(job.factor, [&](auto zero) {
     Panels<decltype(zero)> panels(&job.factor, &job.gradient, false, 1, begin, end);
-    coupling_pass(panels, coupling);
+    coupling_pass(job, panels, coupling);
   });
 }
 

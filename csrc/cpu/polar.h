@@ -45,6 +45,35 @@ bool gram_in_range(const double* gram, int64_t r) {
   return largest >= low;
 }
 
+// Adds the Gram matrix of rows [begin, end) to `gram` (r x r): its upper triangle at least.
+void gram_of_rows(const MatrixView& view, int64_t begin, int64_t end, double* gram) {
+  const int64_t r = view.r, chunk = chunk_of_rows(r);
+  RowSums sums(r, gram);
+  for (int64_t i = begin; i < end; i += chunk) {
+    const int64_t rows = end - i < chunk ? end - i : chunk;
+    const float* from = rows_of(view, i);
+    cross_of_rows(from, view.row_stride, from, view.row_stride, rows, r, true, sums.block(0, 0), r);
+    sums.added(rows, i + chunk >= end);
+  }
+}
+
+// Rows [begin, end) of out = in * coefficients (r x r); `upcoming` is fetched meanwhile.
+template <bool streamed>
+void multiply_rows(const MatrixView& in, const MatrixView& out, int64_t begin, int64_t end, const double* coefficients,
+                   const float* upcoming) {
+  constexpr int64_t kChunk = 24;
+  const int64_t r = in.r;
+  float* blocked = scratch().coefficients.reserve<float>(r * r);
+  block_row_coefficients(coefficients, r, blocked);
+  for (int64_t i = begin; i < end; i += kChunk) {
+    const int64_t rows = end - i < kChunk ? end - i : kChunk;
+    if (upcoming) prefetch_rows(upcoming + i * r, rows * r);
+    const RowTerm term = {rows_of(in, i), in.row_stride, blocked};
+    update_rows<streamed>(nullptr, 0, &term, 1, r, rows, rows_of(out, i), out.row_stride);
+  }
+  if (streamed) stream_fence();
+}
+
 // The Gram matrix of rows [begin, end), added to `gram`, and the factor of those rows: with panels kept between the two
 // where one object does both.
 template <typename T>
@@ -53,11 +82,10 @@ class PolarPasses {
   PolarPasses(const PolarJob& job, T scale, int64_t begin, int64_t end)
       : job_(job),
         by_rows_(std::is_same_v<T, float> && scale == T(1) && rows_are_vectors(job.in) && rows_are_vectors(job.out)),
-        gram_by_rows_(by_rows_ && job.in.r == kRowLanes),
         panels_(&job.in, nullptr, false, scale, begin, end) {}
 
   void gram(double* gram) {
-    if (gram_by_rows_)
+    if (by_rows_)
       gram_of_rows(job_.in, panels_.begin, panels_.end, gram);
     else
       gram_pass(panels_, gram);
@@ -66,16 +94,17 @@ class PolarPasses {
   // With `gram`, adds the Gram matrix of the result.
   void update(const double* coefficients, double* gram) const {
     if (!by_rows_) return update_pass(panels_, coefficients, 0, false, job_.out, gram);
-    update_of_rows(job_.in, job_.out, panels_.begin, panels_.end, coefficients, job_.stream && !gram,
-                   gram_by_rows_ ? job_.upcoming : nullptr);
-    if (!gram) return;
-    Panels<T> result(&job_.out, nullptr, false, T(1), panels_.begin, panels_.end);
-    gram_pass(result, gram);
+    const float* upcoming = static_cast<const float*>(job_.upcoming);
+    if (job_.stream && !gram && can_stream(job_.out))
+      multiply_rows<true>(job_.in, job_.out, panels_.begin, panels_.end, coefficients, upcoming);
+    else
+      multiply_rows<false>(job_.in, job_.out, panels_.begin, panels_.end, coefficients, upcoming);
+    if (gram) gram_of_rows(job_.out, panels_.begin, panels_.end, gram);
   }
 
  private:
   const PolarJob& job_;
-  bool by_rows_, gram_by_rows_;
+  bool by_rows_;
   Panels<T> panels_;
 };
 

@@ -1,5 +1,5 @@
-// A float32 matrix whose rows are whole vectors: its update straight from the rows, and, where a row is one vector
-// (r = 8 for AVX2), its Gram matrix too. Nothing is packed, and reading memory overlaps with the arithmetic.
+// Float32 matrices whose rows are whole vectors, straight from the rows: nothing is packed, and reading memory overlaps
+// with the arithmetic. Rows go through in chunks that stay in L1 from one product to the next.
 #pragma once
 
 #ifdef __SSE2__
@@ -7,36 +7,99 @@
 #endif
 
 #include "panel.h"
+#include "scratch.h"
 
 namespace stella::STELLA_ISA {
 namespace {
 
 constexpr int kRowLanes = kLanes<float>;
-constexpr int64_t kRowRanks = 64;  // beyond, the coefficients no longer stay in L1 beside the rows
+constexpr int64_t kRowRanks = 64;      // beyond, the coefficients no longer stay in L1 beside the rows
+constexpr int64_t kFloatSumRows = 256;  // rows summed in float32 before the sum goes to float64
 
 bool rows_are_vectors(const MatrixView& view) {
   return view.storage == Storage::float32 && view.col_stride == 1 && view.r % kRowLanes == 0 && view.r <= kRowRanks;
 }
 
-// Adds the Gram matrix of rows [begin, end) of one vector each to `gram` (r x r); float32 sums over a few hundred rows,
-// float64 beyond.
-void gram_of_rows(const MatrixView& view, int64_t begin, int64_t end, double* gram) {
-  constexpr int64_t kRun = 256;
-  using V = Vector<float>;
-  const float* data = static_cast<const float*>(view.data);
-  for (int64_t start = begin; start < end; start += kRun) {
-    const int64_t stop = end - start < kRun ? end : start + kRun;
-    V sums[kRowLanes] = {};
-    for (int64_t i = start; i < stop; ++i) {
-      const float* row = data + i * view.row_stride;
-      const V values = load<V>(row);
-#pragma GCC unroll 16
-      for (int k = 0; k < kRowLanes; ++k) sums[k] += values * row[k];
-    }
-    for (int k = 0; k < kRowLanes; ++k)
-      for (int j = k; j < kRowLanes; ++j) gram[k * kRowLanes + j] += static_cast<double>(sums[k][j]);
-  }
+// Rows without gaps besides.
+bool rows_are_contiguous(const MatrixView& view) { return rows_are_vectors(view) && view.row_stride == view.r; }
+
+STELLA_INLINE float* rows_of(const MatrixView& view, int64_t i) {
+  return static_cast<float*>(view.data) + i * view.row_stride;
 }
+
+// Rows of a chunk: half a dozen of them fit in L1.
+STELLA_INLINE int64_t chunk_of_rows(int64_t r) { return r < 32 ? 1024 / r : 32; }
+
+// ---- Gram blocks ----------------------------------------------------------------------------------------------------
+
+// sums[i, j] += a_i . b_j for `count` columns of a and `vectors` vectors of columns of b.
+template <int count, int vectors>
+void cross_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows, float* sums,
+                int64_t order) {
+  using V = Vector<float>;
+  V accumulator[count][vectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < count; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) accumulator[i][v] = load<V>(sums + i * order + v * kRowLanes);
+  for (int64_t k = 0; k < rows; ++k, a += a_stride, b += b_stride) {
+    V right[vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) right[v] = load<V>(b + v * kRowLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < count; ++i)
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) accumulator[i][v] += right[v] * a[i];
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < count; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) store(sums + i * order + v * kRowLanes, accumulator[i][v]);
+}
+
+// sums (r x r, `order` apart) += a^T b over some rows; with `upper`, at least its upper triangle.
+void cross_of_rows(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows, int64_t r,
+                   bool upper, float* sums, int64_t order) {
+  constexpr int64_t kPair = 2 * kRowLanes;
+  constexpr int kTall = kRowLanes < 8 ? 4 : 8;
+  int64_t j = 0;
+  for (; j + kPair <= r; j += kPair)
+    for (int64_t i = 0; i < r && (!upper || i < j + kPair); i += 4)
+      cross_tile<4, 2>(a + i, a_stride, b + j, b_stride, rows, sums + i * order + j, order);
+  if (j < r)
+    for (int64_t i = 0; i < r; i += kTall)
+      cross_tile<kTall, 1>(a + i, a_stride, b + j, b_stride, rows, sums + i * order + j, order);
+}
+
+// Float32 sums of Gram blocks (order x order) on their way to float64 ones.
+class RowSums {
+ public:
+  RowSums(int64_t order, double* gram) : order_(order), gram_(gram) {
+    sums_ = scratch().output.reserve<float>(order * order);
+    for (int64_t i = 0; i < order * order; ++i) sums_[i] = 0.0f;
+  }
+
+  float* block(int64_t i, int64_t j) const { return sums_ + i * order_ + j; }
+  int64_t order() const { return order_; }
+
+  // To be told of the rows that went into every block; the last time with `last`.
+  void added(int64_t rows, bool last) {
+    rows_ += rows;
+    if (rows_ < kFloatSumRows && !last) return;
+    for (int64_t i = 0; i < order_ * order_; ++i) {
+      gram_[i] += static_cast<double>(sums_[i]);
+      sums_[i] = 0.0f;
+    }
+    rows_ = 0;
+  }
+
+ private:
+  int64_t order_, rows_ = 0;
+  double* gram_;
+  float* sums_;
+};
+
+// ---- Updates --------------------------------------------------------------------------------------------------------
 
 // Stores past the cache, which spares reading the line first; `to` is aligned to the vector.
 STELLA_INLINE void stream(float* to, Vector<float> v) {
@@ -51,79 +114,99 @@ STELLA_INLINE void stream(float* to, Vector<float> v) {
 #endif
 }
 
+STELLA_INLINE void stream_fence() {
+#ifdef __SSE2__
+  _mm_sfence();  // before other threads are told that the rows are there
+#endif
+}
+
 bool can_stream(const MatrixView& out) {
   return reinterpret_cast<uintptr_t>(out.data) % STELLA_VECTOR_BYTES == 0 && out.row_stride % kRowLanes == 0;
 }
 
-// `rows` rows of `vectors` vectors of out = in * coefficients; the coefficients have r columns.
+// One term of an update: rows times coefficients (r x r, blocked).
+struct RowTerm {
+  const float* rows;
+  int64_t stride;
+  const float* coefficients;
+};
+
+// (r x r) row-major float64 coefficients in float32, blocked: two vectors of columns side by side, and one at the end.
+float* block_row_coefficients(const double* from, int64_t r, float* to) {
+  for (int64_t j = 0; j < r;) {
+    const int64_t width = j + 2 * kRowLanes <= r ? 2 * kRowLanes : kRowLanes;
+    for (int64_t k = 0; k < r; ++k)
+      for (int64_t c = 0; c < width; ++c) *to++ = static_cast<float>(from[k * r + j + c]);
+    j += width;
+  }
+  return to;
+}
+
+// `rows` rows of `vectors` vectors, from column j on, of to = base + sum of the terms; base may be nullptr.
 template <int rows, int vectors, bool streamed>
-STELLA_INLINE void update_tile(const float* from, int64_t from_stride, int64_t r, const float* coefficients, float* to,
-                               int64_t to_stride) {
+STELLA_INLINE void update_tile(const float* base, int64_t base_stride, const RowTerm* terms, int count, int64_t r,
+                               int64_t j, int64_t i, float* to, int64_t to_stride) {
   using V = Vector<float>;
   V sums[rows][vectors] = {};
-  for (int64_t k = 0; k < r; ++k) {
-    V c[vectors];
+  if (base) {
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) c[v] = load<V>(coefficients + k * r + v * kRowLanes);
+    for (int a = 0; a < rows; ++a)
 #pragma GCC unroll 8
-    for (int i = 0; i < rows; ++i) {
-      const float value = from[i * from_stride + k];
+      for (int v = 0; v < vectors; ++v) sums[a][v] = load<V>(base + (i + a) * base_stride + j + v * kRowLanes);
+  }
+  for (int t = 0; t < count; ++t) {
+    const float* from = terms[t].rows + i * terms[t].stride;
+    const float* coefficients = terms[t].coefficients + j * r;
+    const int64_t stride = terms[t].stride;
+    for (int64_t k = 0; k < r; ++k) {
+      V c[vectors];
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) sums[i][v] += c[v] * value;
+      for (int v = 0; v < vectors; ++v) c[v] = load<V>(coefficients + (k * vectors + v) * kRowLanes);
+#pragma GCC unroll 8
+      for (int a = 0; a < rows; ++a) {
+        const float value = from[a * stride + k];
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) sums[a][v] += c[v] * value;
+      }
     }
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < rows; ++i)
+  for (int a = 0; a < rows; ++a)
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
+      float* at = to + (i + a) * to_stride + j + v * kRowLanes;
       if constexpr (streamed)
-        stream(to + i * to_stride + v * kRowLanes, sums[i][v]);
+        stream(at, sums[a][v]);
       else
-        store(to + i * to_stride + v * kRowLanes, sums[i][v]);
+        store(at, sums[a][v]);
     }
 }
 
-template <int rows, bool streamed>
-STELLA_INLINE void update_some_rows(const float* from, int64_t from_stride, int64_t r, const float* coefficients,
-                                    float* to, int64_t to_stride) {
+template <int vectors, bool streamed>
+STELLA_INLINE void update_columns(const float* base, int64_t base_stride, const RowTerm* terms, int count, int64_t r,
+                                  int64_t j, int64_t rows, float* to, int64_t to_stride) {
+  constexpr int kTogether = vectors == 1 ? 8 : 6;
+  int64_t i = 0;
+  for (; i + kTogether <= rows; i += kTogether)
+    update_tile<kTogether, vectors, streamed>(base, base_stride, terms, count, r, j, i, to, to_stride);
+  for (; i + 2 <= rows; i += 2)
+    update_tile<2, vectors, streamed>(base, base_stride, terms, count, r, j, i, to, to_stride);
+  if (i < rows) update_tile<1, vectors, streamed>(base, base_stride, terms, count, r, j, i, to, to_stride);
+}
+
+// to = base + sum of the terms, a few rows. `to` may be the base; it may be a term's rows where r is at most two
+// vectors.
+template <bool streamed>
+void update_rows(const float* base, int64_t base_stride, const RowTerm* terms, int count, int64_t r, int64_t rows,
+                 float* to, int64_t to_stride) {
   int64_t j = 0;
   for (; j + 2 * kRowLanes <= r; j += 2 * kRowLanes)
-    update_tile<rows, 2, streamed>(from, from_stride, r, coefficients + j, to + j, to_stride);
-  if (j < r) update_tile<rows, 1, streamed>(from, from_stride, r, coefficients + j, to + j, to_stride);
+    update_columns<2, streamed>(base, base_stride, terms, count, r, j, rows, to, to_stride);
+  if (j < r) update_columns<1, streamed>(base, base_stride, terms, count, r, j, rows, to, to_stride);
 }
 
-template <bool streamed>
-void update_rows(const float* from, int64_t from_stride, int64_t r, const float* coefficients, float* to,
-                 int64_t to_stride, int64_t rows, const float* upcoming) {
-  constexpr int kTogether = 6;
-  int64_t i = 0;
-  for (; i + kTogether <= rows; i += kTogether) {
-    if (upcoming)
-      for (int64_t k = 0; k < kTogether * r; k += 16) __builtin_prefetch(upcoming + i * r + k, 0, 2);
-    update_some_rows<kTogether, streamed>(from + i * from_stride, from_stride, r, coefficients, to + i * to_stride,
-                                          to_stride);
-  }
-  for (; i < rows; ++i)
-    update_some_rows<1, streamed>(from + i * from_stride, from_stride, r, coefficients, to + i * to_stride, to_stride);
-}
-
-// out = in * coefficients (r x r, row-major) on rows [begin, end); `streamed` asks for stores past the cache.
-void update_of_rows(const MatrixView& in, const MatrixView& out, int64_t begin, int64_t end, const double* coefficients,
-                    bool streamed, const void* upcoming) {
-  const int64_t r = in.r;
-  float* c = scratch().coefficients.reserve<float>(r * r);
-  for (int64_t k = 0; k < r * r; ++k) c[k] = static_cast<float>(coefficients[k]);
-  const float* from = static_cast<const float*>(in.data) + begin * in.row_stride;
-  float* to = static_cast<float*>(out.data) + begin * out.row_stride;
-  const float* next = upcoming ? static_cast<const float*>(upcoming) + begin * r : nullptr;
-  if (streamed && can_stream(out)) {
-    update_rows<true>(from, in.row_stride, r, c, to, out.row_stride, end - begin, next);
-#ifdef __SSE2__
-    _mm_sfence();  // before other threads are told that the rows are there
-#endif
-  } else {
-    update_rows<false>(from, in.row_stride, r, c, to, out.row_stride, end - begin, next);
-  }
+STELLA_INLINE void prefetch_rows(const float* at, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(at + i, 0, 2);
 }
 
 }  // namespace
