@@ -40,12 +40,14 @@ void step_of_rows(const AdamwJob& job, int64_t begin, int64_t end, const double*
     const RowTerm term = {Y, r, blocked};
     update_rows<false>(rows_of(job.gradient, i), r, &term, 1, r, rows, step, r);
     moments.advance(step, first, second, rows * r);
-    if (i > begin) {  // the next chunk's moments, from memory while the Gram blocks compute
-      prefetch_rows(first - chunk * r, chunk * r);
-      prefetch_rows(second - chunk * r, chunk * r);
-    }
+    // The next chunk's moments come from memory while the Gram blocks compute, as many lines at a time as can be asked
+    // for.
+    const int64_t ahead = i > begin ? chunk * r : 0;
+    prefetch_rows(first - ahead, ahead);
     cross_of_rows(Y, r, Y, r, rows, r, true, sums.block(0, 0), 2 * r);
+    prefetch_rows(second - ahead, ahead / 2);
     cross_of_rows(Y, r, step, r, rows, r, false, sums.block(0, r), 2 * r);
+    prefetch_rows(second - ahead / 2, ahead / 2);
     cross_of_rows(step, r, step, r, rows, r, true, sums.block(r, r), 2 * r);
     sums.added(rows, i == begin);
   }

@@ -89,7 +89,8 @@ SmallResult inverse_square_root_near_identity(const double* G, int64_t r, double
   T* F = E + size;
   const double inverse = 1.0 / scale;
   for (int64_t i = 0; i < r; ++i) {
-    for (int64_t j = 0; j < r; ++j) E[i * padded + j] = static_cast<T>((i == j ? 1.0 : 0.0) - G[i * leading + j] * inverse);
+    for (int64_t j = 0; j < r; ++j)
+      E[i * padded + j] = static_cast<T>((i == j ? 1.0 : 0.0) - G[i * leading + j] * inverse);
     for (int64_t j = r; j < padded; ++j) E[i * padded + j] = T(0);
   }
   const SeriesResult series = inverse_square_root_series(E, r, tolerance, F + size, F);

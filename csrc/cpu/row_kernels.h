@@ -13,7 +13,7 @@ namespace stella::STELLA_ISA {
 namespace {
 
 constexpr int kRowLanes = kLanes<float>;
-constexpr int64_t kRowRanks = 64;      // beyond, the coefficients no longer stay in L1 beside the rows
+constexpr int64_t kRowRanks = 64;       // beyond, the coefficients no longer stay in L1 beside the rows
 constexpr int64_t kFloatSumRows = 256;  // rows summed in float32 before the sum goes to float64
 
 bool rows_are_vectors(const MatrixView& view) {
@@ -28,7 +28,7 @@ STELLA_INLINE float* rows_of(const MatrixView& view, int64_t i) {
 }
 
 // Rows of a chunk: half a dozen of them fit in L1.
-STELLA_INLINE int64_t chunk_of_rows(int64_t r) { return r < 32 ? 1024 / r : 32; }
+STELLA_INLINE int64_t chunk_of_rows(int64_t r) { return r < 16 ? 512 / r : 32; }
 
 // ---- Gram blocks ----------------------------------------------------------------------------------------------------
 
@@ -42,6 +42,7 @@ void cross_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stri
   for (int i = 0; i < count; ++i)
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) accumulator[i][v] = load<V>(sums + i * order + v * kRowLanes);
+#pragma GCC unroll 2
   for (int64_t k = 0; k < rows; ++k, a += a_stride, b += b_stride) {
     V right[vectors];
 #pragma GCC unroll 8
@@ -143,10 +144,11 @@ float* block_row_coefficients(const double* from, int64_t r, float* to) {
 }
 
 // `rows` rows of `vectors` vectors, from column j on, of to = base + sum of the terms; base may be nullptr.
-template <int rows, int vectors, bool streamed>
-STELLA_INLINE void update_tile(const float* base, int64_t base_stride, const RowTerm* terms, int count, int64_t r,
+template <int rows, int vectors, int fixed_r, bool streamed>
+STELLA_INLINE void update_tile(const float* base, int64_t base_stride, const RowTerm* terms, int count, int64_t any_r,
                                int64_t j, int64_t i, float* to, int64_t to_stride) {
   using V = Vector<float>;
+  const int64_t r = fixed_r ? fixed_r : any_r;
   V sums[rows][vectors] = {};
   if (base) {
 #pragma GCC unroll 8
@@ -158,6 +160,7 @@ STELLA_INLINE void update_tile(const float* base, int64_t base_stride, const Row
     const float* from = terms[t].rows + i * terms[t].stride;
     const float* coefficients = terms[t].coefficients + j * r;
     const int64_t stride = terms[t].stride;
+#pragma GCC unroll 8
     for (int64_t k = 0; k < r; ++k) {
       V c[vectors];
 #pragma GCC unroll 8
@@ -182,16 +185,16 @@ STELLA_INLINE void update_tile(const float* base, int64_t base_stride, const Row
     }
 }
 
-template <int vectors, bool streamed>
+template <int vectors, int fixed_r, bool streamed>
 STELLA_INLINE void update_columns(const float* base, int64_t base_stride, const RowTerm* terms, int count, int64_t r,
                                   int64_t j, int64_t rows, float* to, int64_t to_stride) {
   constexpr int kTogether = vectors == 1 ? 8 : 6;
   int64_t i = 0;
   for (; i + kTogether <= rows; i += kTogether)
-    update_tile<kTogether, vectors, streamed>(base, base_stride, terms, count, r, j, i, to, to_stride);
+    update_tile<kTogether, vectors, fixed_r, streamed>(base, base_stride, terms, count, r, j, i, to, to_stride);
   for (; i + 2 <= rows; i += 2)
-    update_tile<2, vectors, streamed>(base, base_stride, terms, count, r, j, i, to, to_stride);
-  if (i < rows) update_tile<1, vectors, streamed>(base, base_stride, terms, count, r, j, i, to, to_stride);
+    update_tile<2, vectors, fixed_r, streamed>(base, base_stride, terms, count, r, j, i, to, to_stride);
+  if (i < rows) update_tile<1, vectors, fixed_r, streamed>(base, base_stride, terms, count, r, j, i, to, to_stride);
 }
 
 // to = base + sum of the terms, a few rows. `to` may be the base; it may be a term's rows where r is at most two
@@ -199,10 +202,13 @@ STELLA_INLINE void update_columns(const float* base, int64_t base_stride, const 
 template <bool streamed>
 void update_rows(const float* base, int64_t base_stride, const RowTerm* terms, int count, int64_t r, int64_t rows,
                  float* to, int64_t to_stride) {
+  constexpr int kOne = kRowLanes, kTwo = 2 * kRowLanes;
+  if (r == kOne) return update_columns<1, kOne, streamed>(base, base_stride, terms, count, r, 0, rows, to, to_stride);
+  if (r == kTwo) return update_columns<2, kTwo, streamed>(base, base_stride, terms, count, r, 0, rows, to, to_stride);
   int64_t j = 0;
-  for (; j + 2 * kRowLanes <= r; j += 2 * kRowLanes)
-    update_columns<2, streamed>(base, base_stride, terms, count, r, j, rows, to, to_stride);
-  if (j < r) update_columns<1, streamed>(base, base_stride, terms, count, r, j, rows, to, to_stride);
+  for (; j + kTwo <= r; j += kTwo)
+    update_columns<2, 0, streamed>(base, base_stride, terms, count, r, j, rows, to, to_stride);
+  if (j < r) update_columns<1, 0, streamed>(base, base_stride, terms, count, r, j, rows, to, to_stride);
 }
 
 STELLA_INLINE void prefetch_rows(const float* at, int64_t count) {
