@@ -1,0 +1,76 @@
+"""Sizes of tiles and numbers of warps, by rank and dtype, chosen so that nothing spills: see ``compile-report``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ..checks import check_choice
+
+MAX_RANK = 128
+PROGRAMS = 132  # of the solve, each with a workspace
+
+ELEMENTS = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+def arithmetic(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that products and moments of factors stored as ``dtype`` are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def padded_rank(r: int) -> int:
+    """The tile that holds r columns: a power of two, at least 16 (the least that tl.dot takes)."""
+    return max(16, triton.next_power_of_2(r))
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Of the grouped kernels, for one padded rank R.
+
+    ``chunk`` rows are one program's, ``block`` rows at a time; ``slab`` columns of the Gram blocks are one program's, R
+    where all three fit its registers; ``small`` and ``small64`` are the blocks of the r × r algebra.
+    """
+
+    block: int
+    chunk: int
+    slab: int
+    small: int
+    small64: int
+    rows64: int
+    warps: int
+    solve_warps: int
+    fused: bool  # whether the pass that advances the moments also accumulates the Gram blocks
+    items: int = 64  # of a factor, summed at a time
+
+
+def tiles_for(R: int, dtype: torch.dtype) -> Tiles:
+    """The defaults. A chunk of 64 R rows keeps the partial Gram matrices under 5 % of the factors."""
+    chunk = min(8192, max(1024, 64 * R))
+    block = {16: 32, 32: 16, 64: 16, 128: 16}[R]
+    slab = R if R <= 64 else 32
+    return Tiles(block, chunk, slab, min(R, 32), 16, 16, 4 if R <= 32 else 8, 4, R <= 64)
+
+
+PRECISIONS = ("tf32x3", "ieee", "tf32")
+
+
+def precision(dtype: torch.dtype, backend: str, gradient: bool = False) -> str:
+    """How float32 products are made: 'tf32x3' on NVIDIA, 'ieee' elsewhere (AMD has no tf32x3) and in float64.
+
+    ``STELLA_KERNELS_GRADIENT_PRECISION=tf32`` takes plain tf32 for the Riemannian gradient alone, which forgives it.
+    """
+    if arithmetic(dtype) == torch.float64 or backend != "cuda":
+        return "ieee"
+    if gradient and (chosen := os.environ.get("STELLA_KERNELS_GRADIENT_PRECISION")):
+        check_choice("STELLA_KERNELS_GRADIENT_PRECISION", chosen, PRECISIONS)
+        return chosen
+    return "tf32x3"

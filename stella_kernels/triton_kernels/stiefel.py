@@ -1,0 +1,189 @@
+"""The operators of the Stiefel step on Triton: their launches, a constant number whatever the factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import configuration
+from .configuration import PROGRAMS, arithmetic
+from .gradient import coupling_kernel, coupling_sum_kernel, subtract_kernel
+from .moves import ADAMW, POLAR, RETRACT, SETTINGS
+from .passes import gram_kernel, update_kernel
+from .solve import WORKSPACE, solve_kernel
+from .table import Table, element, table_of
+
+Arguments = dict[str, Any]
+
+
+@lru_cache(maxsize=1)
+def target_backend() -> str:
+    """'cuda' or 'hip', and 'interpreter' where kernels are interpreted."""
+    if triton.knobs.runtime.interpret:
+        return "interpreter"
+    return str(triton.runtime.driver.active.get_current_target().backend)
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device and stream: make it the tensor's device."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
+
+
+def _common(table: Table, gradient: bool = False) -> Arguments:
+    """The compile-time arguments of the passes over rows."""
+    tiles = table.tiles
+    return {
+        "ELEMENT": element(table.dtype),
+        "TO": element(arithmetic(table.dtype)),
+        "PRECISION": configuration.precision(table.dtype, target_backend(), gradient),
+        "INDEX": table.INDEX,
+        "R": table.R,
+        "BLOCK": tiles.block,
+        "CHUNK": tiles.chunk,
+        "num_warps": tiles.warps,
+    }
+
+
+def _couple(table: Table, GRADIENT: int, FACTOR: int, info: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Couplings (k, R, R), state (k,) and the flag of a refused gradient: two launches."""
+    common = _common(table, gradient=True)
+    R = table.R
+    partials = table.scratch(table.count, R, R)
+    poison = table.scratch(table.count)
+    refused = table.scratch(1, dtype=torch.int32)
+    couplings = table.scratch(table.factors, R, R)
+    state = table.scratch(table.factors, dtype=torch.int32)
+    coupling_kernel[(table.count,)](
+        table.items, table.rows, partials, poison, refused, 1.0, GRADIENT=GRADIENT, FACTOR=FACTOR, **common
+    )
+    coupling_sum_kernel[(table.factors,)](
+        *(table.rows, partials, poison, refused, couplings, state, info),
+        **{"TO": common["TO"], "R": R, "ITEMS": table.tiles.items, "num_warps": table.tiles.warps},
+    )
+    return couplings, state, refused
+
+
+def _retract(
+    table: Table, KIND: int, settings: Tensor, state: Tensor, refused: Tensor, skip: bool, info: Tensor,
+    couplings: Tensor | None = None, STEPS: bool = False
+) -> None:  # fmt: skip
+    """Gram blocks, solve, update: three launches, four where the moments are advanced by one of their own."""
+    common = _common(table)
+    R, tiles = table.R, table.tiles
+    partials = table.scratch(table.count, 3, R, R)
+    coefficients = table.scratch(table.factors, 2, R, R)
+    scales = table.scratch(table.factors)
+    programs = min(table.factors, PROGRAMS)
+    workspace = table.scratch(programs, WORKSPACE, R, R, dtype=torch.float64)
+    given = couplings if couplings is not None else partials
+    gram = {"KIND": KIND, "STEPS": STEPS, **common}
+    inputs = (table.items, table.rows, settings, given, state, refused, partials, 1.0, int(skip))
+    advance = KIND == ADAMW
+    if advance and not tiles.fused:
+        gram_kernel[(table.count, 1)](*inputs, ADVANCE=True, GRAM=False, SLAB=tiles.slab, **gram)
+        advance = False
+    gram_kernel[(table.count, R // tiles.slab)](*inputs, ADVANCE=advance, GRAM=True, SLAB=tiles.slab, **gram)
+    solve_kernel[(programs,)](
+        *(table.rows, settings, partials, coefficients, scales, state, refused, workspace, info),
+        *(table.factors, int(skip), torch.finfo(arithmetic(table.dtype)).eps / 2),
+        **{name: gram[name] for name in ("KIND", "STEPS", "ELEMENT", "TO", "PRECISION", "INDEX", "R")},
+        **{"T": tiles.small, "T64": tiles.small64, "ROWS": tiles.rows64, "num_warps": tiles.solve_warps},
+    )
+    update_kernel[(table.count,)](
+        table.items, table.rows, settings, coefficients, scales, state, SLAB=tiles.slab, **gram
+    )
+
+
+def _new_info(table: Table) -> Tensor:
+    return table.scratch(table.factors, 4, dtype=torch.float64)
+
+
+def _to_device(settings: Tensor, device: torch.device) -> Tensor:
+    """Without waiting for it: one copy from pinned memory, none where the settings are on the device already."""
+    if settings.device == device:
+        return settings.contiguous()
+    return settings.pin_memory().to(device, non_blocking=True)
+
+
+def riemannian_gradient_(gradients: list[Tensor], factors: list[Tensor], snapshots: list[Tensor]) -> Tensor:
+    """∇ ← ∇ − Y ∇ᵀ Y in place: three launches; ``info`` stays on the device."""
+    table = table_of([gradients, factors, *([snapshots] if snapshots else [])])
+    with _on(gradients[0]):
+        info = _new_info(table)
+        couplings, state, refused = _couple(table, 0, 1, info)
+        subtract_kernel[(table.count,)](
+            *(table.items, table.rows, couplings, state, refused),
+            SNAPSHOTS=bool(snapshots),
+            **_common(table, gradient=True),
+        )
+    return info
+
+
+_divisors: dict[tuple[object, ...], Tensor] = {}
+
+
+def _settings_of(divisors: Sequence[float], device: torch.device) -> Tensor:
+    """(k, 7) settings of which only the divisors count; the same every step, so that they are copied once."""
+    key = (device, *divisors)
+    if key not in _divisors:
+        if len(_divisors) > 16:
+            _divisors.clear()
+        settings = torch.zeros(len(divisors), SETTINGS, dtype=torch.float64)
+        settings[:, 5] = torch.tensor(list(divisors), dtype=torch.float64)
+        _divisors[key] = settings.to(device)
+    return _divisors[key]
+
+
+def project_retract_(moved: list[Tensor], previous: list[Tensor], divisors: list[float], method: str) -> Tensor:
+    """Scale, project, retract in place: three launches; ``info`` stays on the device."""
+    table = table_of([moved, previous])
+    with _on(moved[0]):
+        info = _new_info(table)
+        state = table.scratch(table.factors, dtype=torch.int32)
+        _retract(table, RETRACT, _settings_of(divisors, table.device), state, state, False, info)
+    return info
+
+
+def stella_adamw_(
+    factors: list[Tensor],
+    gradients: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    couplings: list[Tensor],
+    hyperparameters: Tensor,
+    skip_nonfinite: bool,
+) -> Tensor:
+    """The whole step: five launches, six past rank 64; ``info`` stays on the device."""
+    # Moments of half the width are rounded when stored: the steps that the Gram blocks saw are kept beside them.
+    steps = factors[0].dtype in (torch.bfloat16, torch.float16)
+    table = table_of([factors, gradients, exp_avgs, exp_avg_sqs], couplings, steps)
+    with _on(factors[0]):
+        info = _new_info(table)
+        settings = _to_device(hyperparameters, table.device)
+        known, state, refused = _couple(table, 1, 0, info)
+        _retract(table, ADAMW, settings, state, refused, skip_nonfinite, info, known, steps)
+    return info
+
+
+def polar_of(M: Tensor) -> tuple[Tensor, Tensor]:
+    """Polar factors of a batch (B, n, r) and ``info`` on the device, with a status for each: three launches."""
+    Q = torch.empty_like(M, memory_format=torch.contiguous_format)
+    table = table_of([list(M.unbind(0)), list(Q.unbind(0))])
+    with _on(M):
+        info = _new_info(table)
+        state = table.scratch(table.factors, dtype=torch.int32)
+        _retract(table, POLAR, info, state, state, False, info)
+    return Q, info
+
+
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "riemannian_gradient_": riemannian_gradient_,
+    "project_retract_": project_retract_,
+    "stella_adamw_": stella_adamw_,
+}

@@ -1,0 +1,157 @@
+"""What the kernels share: tiles of factors by a table of addresses, products, sums of partial Gram matrices.
+
+A grouped kernel is told of its factors by a table of int64, a row of ``ROW`` for each factor: the header (n, r, its
+first item, its number of items, and the
+coupling's kind, address and strides) and five tensors of (address, row stride, column stride, storage). An item, of
+two int64, is (factor, first row): what one program of a pass over the rows takes, ``CHUNK`` rows.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+HEADER = 8
+FIELDS = 4
+TENSORS = 5
+ROW = HEADER + FIELDS * TENSORS
+
+# Storage of a tensor, as far as the width of its loads goes. Both wide ones are 16-byte aligned in every run.
+GENERAL, WIDE_ROWS, WIDE_COLUMNS = 0, 1, 2
+
+# What becomes of a factor after the pass over its rows.
+MOVE, LEAVE, RESCUE = 0, 1, 2
+
+_ROW = tl.constexpr(ROW)
+_HEADER = tl.constexpr(HEADER)
+_FIELDS = tl.constexpr(FIELDS)
+_WIDE_ROWS = tl.constexpr(WIDE_ROWS)
+_WIDE_COLUMNS = tl.constexpr(WIDE_COLUMNS)
+
+
+@triton.jit
+def load_tile(
+    table,
+    factor,
+    tensor: tl.constexpr,
+    start,
+    rows,
+    columns,
+    n,
+    r,
+    ELEMENT: tl.constexpr,
+    TO: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """Elements (start + rows, columns) of a factor's tensor, zero outside (n, r), widened to the arithmetic's dtype.
+
+    Offsets from the tile's first row are of dtype INDEX: int32 where they fit, which halves the registers they take.
+    """
+    field = table + factor * _ROW + _HEADER + tensor * _FIELDS
+    row_stride = tl.load(field + 1)
+    base = tl.load(field).to(tl.pointer_type(ELEMENT)) + start * row_stride
+    row_step = row_stride.to(INDEX)
+    column_step = tl.load(field + 2).to(INDEX)
+    storage = tl.load(field + 3)
+    left = tl.minimum(n - start, 1 << 30).to(tl.int32)
+    WIDTH: tl.constexpr = 128 // ELEMENT.primitive_bitwidth
+    if storage == _WIDE_ROWS:  # elements of a row side by side
+        mask = (rows < left)[:, None] & (columns < tl.multiple_of(r, WIDTH))[None, :]
+        offsets = (rows * tl.multiple_of(row_step, WIDTH))[:, None] + columns[None, :]
+        tile = tl.load(tl.multiple_of(base, 16) + offsets, mask=mask, other=0.0)
+    elif storage == _WIDE_COLUMNS:  # elements of a column side by side
+        mask = (rows < tl.multiple_of(left, WIDTH))[:, None] & (columns < r)[None, :]
+        offsets = rows[:, None] + (columns * tl.multiple_of(column_step, WIDTH))[None, :]
+        tile = tl.load(tl.multiple_of(base, 16) + offsets, mask=mask, other=0.0)
+    else:
+        mask = (rows < left)[:, None] & (columns < r)[None, :]
+        offsets = (rows * row_step)[:, None] + (columns * column_step)[None, :]
+        tile = tl.load(base + offsets, mask=mask, other=0.0)
+    return tile.to(TO)
+
+
+@triton.jit
+def store_tile(
+    table, factor, tensor: tl.constexpr, start, rows, columns, n, r, value, ELEMENT: tl.constexpr, INDEX: tl.constexpr
+):
+    """The counterpart of :func:`load_tile`; stores nothing outside (n, r)."""
+    field = table + factor * _ROW + _HEADER + tensor * _FIELDS
+    row_stride = tl.load(field + 1)
+    base = tl.load(field).to(tl.pointer_type(ELEMENT)) + start * row_stride
+    row_step = row_stride.to(INDEX)
+    column_step = tl.load(field + 2).to(INDEX)
+    storage = tl.load(field + 3)
+    left = tl.minimum(n - start, 1 << 30).to(tl.int32)
+    WIDTH: tl.constexpr = 128 // ELEMENT.primitive_bitwidth
+    if ELEMENT.primitive_bitwidth == 16:
+        value = value.to(tl.float32)  # no target narrows float64 to 16 bits in one step
+    narrow = value.to(ELEMENT)
+    if storage == _WIDE_ROWS:
+        mask = (rows < left)[:, None] & (columns < tl.multiple_of(r, WIDTH))[None, :]
+        offsets = (rows * tl.multiple_of(row_step, WIDTH))[:, None] + columns[None, :]
+        tl.store(tl.multiple_of(base, 16) + offsets, narrow, mask=mask)
+    elif storage == _WIDE_COLUMNS:
+        mask = (rows < tl.multiple_of(left, WIDTH))[:, None] & (columns < r)[None, :]
+        offsets = rows[:, None] + (columns * tl.multiple_of(column_step, WIDTH))[None, :]
+        tl.store(tl.multiple_of(base, 16) + offsets, narrow, mask=mask)
+    else:
+        mask = (rows < left)[:, None] & (columns < r)[None, :]
+        offsets = (rows * row_step)[:, None] + (columns * column_step)[None, :]
+        tl.store(base + offsets, narrow, mask=mask)
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr, TO: tl.constexpr):
+    """``a @ b`` in float32 to float32's accuracy, or in float64."""
+    return tl.dot(a, b, input_precision=PRECISION, out_dtype=TO)
+
+
+@triton.jit
+def add_apart(total, term, one):
+    """``total + term``, with ``one`` = 1 known only at run time.
+
+    A bare sum would be fused into the product's own accumulator, and tensor cores round what they accumulate towards
+    zero: over many steps of positive terms, a Gram matrix's diagonal, that adds up to a bias.
+    """
+    return total + term * one
+
+
+@triton.jit
+def where_of(table, items):
+    """Of this program's item: factor, n, r, its rows [begin, end)."""
+    item = tl.program_id(0).to(tl.int64)
+    factor = tl.load(items + 2 * item)
+    begin = tl.load(items + 2 * item + 1)
+    n = tl.load(table + factor * _ROW)
+    r = tl.load(table + factor * _ROW + 1).to(tl.int32)
+    return item, factor, n, r, begin
+
+
+@triton.jit
+def load_square(base, r, R: tl.constexpr, TO: tl.constexpr):
+    """An (r, r) matrix of leading dimension R, zero outside."""
+    i = tl.arange(0, R)
+    mask = (i < r)[:, None] & (i < r)[None, :]
+    return tl.load(base + i[:, None] * R + i[None, :], mask=mask, other=0.0).to(TO)
+
+
+@triton.jit
+def store_square(base, value, r, R: tl.constexpr):
+    """The counterpart of :func:`load_square`."""
+    i = tl.arange(0, R)
+    mask = (i < r)[:, None] & (i < r)[None, :]
+    tl.store(base + i[:, None] * R + i[None, :], value, mask=mask)
+
+
+@triton.jit
+def sum_partials(base, count, stride, r, R: tl.constexpr, TO: tl.constexpr):
+    """Sum of ``count`` (r, r) matrices ``stride`` apart, in their order, compensated (Kahan 1965): up to thousands."""
+    total = load_square(base, r, R, TO)
+    lost = tl.zeros((R, R), dtype=TO)
+    for k in range(1, count):
+        term = load_square(base + k * stride, r, R, TO) - lost
+        grown = total + term
+        lost = (grown - total) - term
+        total = grown
+    return total

@@ -1,0 +1,90 @@
+"""Every kernel as it is launched at its defaults: what ``compile-report`` compiles ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .configuration import arithmetic, precision, tiles_for
+from .gradient import coupling_kernel, coupling_sum_kernel, subtract_kernel
+from .moves import ADAMW, POLAR, RETRACT
+from .passes import gram_kernel, update_kernel
+from .solve import solve_kernel
+from .table import element
+
+RANKS = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with the compile-time arguments of one use of it."""
+
+    name: str
+    kernel: triton.runtime.JITFunction[Any]
+    constants: dict[str, Any]
+    warps: int
+    products: bool  # whether it multiplies tiles of factors or activations, so that tensor cores have work
+    wide: bool  # whether it streams factors or activations, so that its loads should be wide
+    pointers: dict[str, str]
+
+    def signature(self) -> dict[str, str]:
+        """The types of all arguments, by Triton's names."""
+        types = {}
+        for name in self.kernel.arg_names:
+            types[name] = "constexpr" if name in self.constants else self.pointers.get(name, "")
+            assert types[name], f"{self.name}: no type for {name}"
+        return types
+
+
+def _types(dtype: torch.dtype) -> dict[str, str]:
+    wide = "fp64" if arithmetic(dtype) == torch.float64 else "fp32"
+    types = dict.fromkeys(("partials", "poison", "couplings", "coefficients", "scales"), f"*{wide}")
+    types |= dict.fromkeys(("items", "table"), "*i64") | dict.fromkeys(("refused", "state"), "*i32")
+    types |= dict.fromkeys(("settings", "workspace", "info"), "*fp64")
+    return types | {"one": "fp32", "tolerance": "fp32", "skip": "i32", "factors": "i32"}
+
+
+def stiefel_variants(R: int, dtype: torch.dtype = torch.float32, backend: str = "cuda") -> Iterator[Variant]:
+    """The launches of the three grouped operators and of the polar factor at padded rank R."""
+    tiles, types = tiles_for(R, dtype), _types(dtype)
+    common = {
+        "ELEMENT": element(dtype),
+        "TO": element(arithmetic(dtype)),
+        "PRECISION": precision(dtype, backend),
+        "INDEX": tl.int32,
+        "R": R,
+        "BLOCK": tiles.block,
+        "CHUNK": tiles.chunk,
+    }
+    steps = dtype in (torch.bfloat16, torch.float16)
+
+    def variant(name: str, kernel: Any, constants: dict[str, Any], products: bool = True, wide: bool = True) -> Variant:
+        warps = tiles.warps if kernel is not solve_kernel else tiles.solve_warps
+        used = {key: value for key, value in (common | constants).items() if key in kernel.arg_names}
+        label = f"{name} {str(dtype).removeprefix('torch.')} R={R}"
+        return Variant(label, kernel, used, warps, products, wide, types)
+
+    yield variant("coupling", coupling_kernel, {"GRADIENT": 0, "FACTOR": 1})
+    yield variant("coupling sum", coupling_sum_kernel, {"ITEMS": tiles.items}, products=False, wide=False)
+    yield variant("subtract", subtract_kernel, {"SNAPSHOTS": True})
+    for name, KIND in (("polar", POLAR), ("retract", RETRACT), ("adamw", ADAMW)):
+        kind = {"KIND": KIND, "STEPS": steps and KIND == ADAMW, "SLAB": tiles.slab}
+        advance = KIND == ADAMW
+        if advance and not tiles.fused:
+            yield variant(f"{name} advance", gram_kernel, {**kind, "ADVANCE": True, "GRAM": False})
+            advance = False
+        yield variant(f"{name} gram", gram_kernel, {**kind, "ADVANCE": advance, "GRAM": True})
+        small = {"T": tiles.small, "T64": tiles.small64, "ROWS": tiles.rows64}
+        yield variant(f"{name} solve", solve_kernel, {**kind, **small}, products=dtype != torch.float64, wide=False)
+        yield variant(f"{name} update", update_kernel, kind)
+
+
+def variants(ranks: tuple[int, ...] = RANKS, backend: str = "cuda") -> Iterator[Variant]:
+    """All of them."""
+    for R in ranks:
+        yield from stiefel_variants(R, torch.float32, backend)
