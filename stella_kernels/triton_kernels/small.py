@@ -130,8 +130,7 @@ def inverse_root_series(
     A step multiplies by T = I + N/2 + 3 N²/8, the head of the series (Higham, Functions of Matrices, 2008, section
     6.4); what is left is I − (I − N) T² = 5/8 N³ + 15/64 N⁴ + 9/64 N⁵, a polynomial in N: nothing that is near the
     identity is ever rounded. The number of steps follows from ``e``, a bound on the spectral norm of N, by that
-    recursion; where
-    no bound below one is known, MEASURED takes the norm of every N. Returns the number of steps.
+    recursion; where no bound below one is known, MEASURED takes the norm of every N. Returns the number of steps.
     """
     N, zeta, square = work, work + R * R, work + 2 * R * R
     one, two, three = work + 3 * R * R, work + 4 * R * R, work + 5 * R * R

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -180,10 +180,3 @@ def polar_of(M: Tensor) -> tuple[Tensor, Tensor]:
         state = table.scratch(table.factors, dtype=torch.int32)
         _retract(table, POLAR, info, state, state, False, info)
     return Q, info
-
-
-OPERATORS: dict[str, Callable[..., Any]] = {
-    "riemannian_gradient_": riemannian_gradient_,
-    "project_retract_": project_retract_,
-    "stella_adamw_": stella_adamw_,
-}

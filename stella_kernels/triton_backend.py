@@ -1,0 +1,55 @@
+"""Whether Triton's kernels serve, and their registration for CUDA tensors; Triton itself is imported at the first call.
+
+They are opaque operators to ``torch.compile``: no graph break, and nothing of Triton is traced. ``info`` of the
+operators over lists is on the factors' device: a step waits for nothing, and a CUDA graph can capture it once its
+factors' addresses are known from a call before.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+OPERATORS = ("polar", "riemannian_gradient_", "project_retract_", "stella_adamw_")
+
+
+def why_not() -> str:
+    """Why Triton's kernels do not serve on a GPU; empty where they do."""
+    if os.environ.get("STELLA_KERNELS_BACKEND") == "reference":
+        return "STELLA_KERNELS_BACKEND=reference asks for the reference"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install triton"
+    if not torch.cuda.is_available():
+        return "there is no GPU that torch can use"
+    return ""
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter is on, so that its kernels run on CPU tensors, slowly, to be tested."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+
+
+def operators() -> dict[str, Callable[..., Any]]:
+    """What Triton has, by operator; imports Triton."""
+    found: dict[str, Callable[..., Any]] = importlib.import_module("stella_kernels.triton_kernels.operators").OPERATORS
+    return found
+
+
+def register(library: torch.library.Library) -> None:
+    """Take over the CUDA key of every operator that Triton has, where it is installed."""
+    if os.environ.get("STELLA_KERNELS_BACKEND") == "reference" or importlib.util.find_spec("triton") is None:
+        return
+    for name in OPERATORS:
+        library.impl(name, _first_call_imports(name), "CUDA")
+
+
+def _first_call_imports(name: str) -> Callable[..., Any]:
+    def serve(*arguments: Any) -> Any:
+        return operators()[name](*arguments)
+
+    return serve
