@@ -17,7 +17,10 @@ import torch
 from .checks import BackendUnavailableError
 
 CHOICES = ("auto", "reference", "cpu")
-NATIVE_OPERATORS = ("polar", "riemannian_gradient_", "project_retract_", "stella_adamw_")
+NATIVE_OPERATORS = (
+    *("polar", "riemannian_gradient_", "project_retract_", "stella_adamw_"),
+    *("philox_dropout", "adapter_forward_", "adapter_product", "adapter_backward_"),
+)
 
 _LIBRARY = Path(__file__).parent / "_cpu.so"
 

@@ -183,10 +183,17 @@ def _adamw_cases() -> list[Case]:
     return table
 
 
+# The last three: several chunks of rows, groups of threads and blocks of features, ranks that shorten the blocks.
+_ADAPTERS = (
+    *((5, 7, 9, 3), (1, 1, 1, 1), (33, 65, 48, 16), (130, 17, 31, 17), (0, 6, 5, 2)),
+    *((300, 1000, 577, 8), (257, 99, 2003, 33), (131, 1201, 130, 130)),
+)
+
+
 def _adapter_cases() -> list[Case]:
     table = []
-    for operator in ("adapter_forward_", "adapter_backward_"):
-        for index, shape in enumerate(((5, 7, 9, 3), (1, 1, 1, 1), (33, 65, 48, 16), (130, 17, 31, 17), (0, 6, 5, 2))):
+    for operator in ("adapter_forward_", "adapter_product", "adapter_backward_"):
+        for index, shape in enumerate(_ADAPTERS):
             for dtype in DTYPES:
                 for dropout in (0.0, 0.3):
                     diagonal = (index + int(dropout > 0)) % 2 == 1

@@ -189,6 +189,12 @@ _library.define(
     "adapter_forward_(Tensor(a!) y, Tensor x, Tensor U, Tensor S, Tensor Vt, float scale, float p, Tensor? seed) "
     "-> Tensor"
 )
+# The same where nothing is there to add to: y = b + s d(x) V Sᵀ Uᵀ in x's dtype, and A. A base product that
+# accumulates into y may follow, which spares reading and writing y once more.
+_library.define(
+    "adapter_product(Tensor x, Tensor? b, Tensor U, Tensor S, Tensor Vt, float scale, float p, Tensor? seed) "
+    "-> (Tensor, Tensor)"
+)
 _library.define(
     "adapter_backward_(Tensor(a!)? grad_x, float beta, Tensor grad_y, Tensor x, Tensor A, Tensor U, Tensor S, "
     "Tensor Vt, float scale, float p, Tensor? seed, bool[] needed) -> (Tensor, Tensor, Tensor)"
@@ -238,6 +244,21 @@ def _adapter_forward_fake(
     y: Tensor, x: Tensor, U: Tensor, S: Tensor, Vt: Tensor, scale: float, p: float, seed: Tensor | None
 ) -> Tensor:
     return y.new_empty((x.shape[0], Vt.shape[0]))
+
+
+@torch.library.impl(_library, "adapter_product", "CompositeExplicitAutograd")
+def _adapter_product_reference(
+    x: Tensor, b: Tensor | None, U: Tensor, S: Tensor, Vt: Tensor, scale: float, p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    y = x.new_zeros((x.shape[0], U.shape[0])) if b is None else b.to(x.dtype).repeat(x.shape[0], 1)  # (T, m)
+    return y, torch.ops.stella_kernels.adapter_forward_(y, x, U, S, Vt, scale, p, seed)
+
+
+@torch.library.register_fake("stella_kernels::adapter_product", lib=_library)
+def _adapter_product_fake(
+    x: Tensor, b: Tensor | None, U: Tensor, S: Tensor, Vt: Tensor, scale: float, p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty((x.shape[0], U.shape[0])), x.new_empty((x.shape[0], Vt.shape[0]))
 
 
 @torch.library.impl(_library, "adapter_backward_", "CompositeExplicitAutograd")
@@ -309,6 +330,7 @@ REFERENCE: dict[str, Callable[..., object]] = {
     "project_retract_": _project_retract_reference,
     "stella_adamw_": _stella_adamw_reference,
     "adapter_forward_": _adapter_forward_reference,
+    "adapter_product": _adapter_product_reference,
     "adapter_backward_": _adapter_backward_reference,
     "philox_dropout": _philox_dropout_reference,
 }

@@ -318,6 +318,16 @@ def _adapter_forward(case: Case, run: Implementation) -> Measures:
     yield "A", relative(A, exact_A), _adapter_tolerance(case)
 
 
+def _adapter_product(case: Case, run: Implementation) -> Measures:
+    t, exact, s, seed = _adapter_data(case)
+    b = t["y"][0] if case.shapes[0][0] % 2 else None  # of the output's size, and strided where the case is
+    with poisoned(run, []):
+        y, A = run["adapter_product"](t["x"], b, t["U"], t["S"], t["Vt"], s, case.dropout, seed)
+    term, exact_A = adapter.adapter_forward(exact["x"], exact["U"], exact["S"], exact["Vt"], s, case.dropout, seed)
+    yield "y", relative(y, term if b is None else term + b.double()), _adapter_tolerance(case)
+    yield "A", relative(A, exact_A), _adapter_tolerance(case)
+
+
 def _adapter_backward(case: Case, run: Implementation) -> Measures:
     t, exact, s, seed = _adapter_data(case)
     factors = exact["U"], exact["S"], exact["Vt"]
@@ -349,6 +359,7 @@ _RUNNERS: dict[str, Callable[[Case, Implementation], Measures]] = {
     "project_retract_": _retract,
     "stella_adamw_": _adamw,
     "adapter_forward_": _adapter_forward,
+    "adapter_product": _adapter_product,
     "adapter_backward_": _adapter_backward,
     "philox_dropout": _dropout,
 }

@@ -1,53 +1,16 @@
 // The CPU kernels under torch's dispatcher, on the stable ABI: no at:: or c10:: symbol, so a wheel outlives a release.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <cmath>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "schedule.h"
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
+#include "bindings.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using namespace stella::bindings;
 
 constexpr int64_t kInfoColumns = 4;
-
-const stella::Pool& pool() {
-  static thread_local stella::Pool p;
-  p.threads = torch::stable::get_num_threads();
-  if (!p.parallel_for)
-    p.parallel_for = [](int64_t count, const std::function<void(int64_t)>& body) {
-      torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) body(i);
-      });
-    };
-  return p;
-}
-
-stella::Storage storage_of(const Tensor& t, const char* argument) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return stella::Storage::float32;
-    case ScalarType::Double:
-      return stella::Storage::float64;
-    case ScalarType::BFloat16:
-      return stella::Storage::bfloat16;
-    case ScalarType::Half:
-      return stella::Storage::float16;
-    default:
-      STD_TORCH_CHECK(false, argument, ": wanted dtype float32, float64, bfloat16 or float16; convert it first.");
-  }
-}
 
 stella::Method method_of(const std::string& name) {
   if (name == "auto") return stella::Method::automatic;
@@ -55,8 +18,6 @@ stella::Method method_of(const std::string& name) {
   if (name == "svd") return stella::Method::svd;
   STD_TORCH_CHECK(false, "method: found '", name, "', wanted 'auto', 'newton_schulz' or 'svd'.");
 }
-
-void* data_of(const Tensor& t) { return t.mutable_data_ptr(); }
 
 stella::MatrixView matrix_of(const Tensor& t, const char* argument) {
   STD_TORCH_CHECK(t.dim() == 2 && t.size(0) >= t.size(1), argument,
@@ -103,19 +64,6 @@ std::vector<double> square_of(const Tensor& t, int64_t r) {
   return square;
 }
 
-// A large result is fresh memory: faulting it in by 4 KiB pages takes longer than the kernel that fills it.
-void prefer_huge_pages(void* data, int64_t bytes) {
-#ifdef __linux__
-  constexpr uintptr_t kHugePage = 2u << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: failure is harmless
-#else
-  (void)data;
-  (void)bytes;
-#endif
-}
-
 std::tuple<Tensor, Tensor> polar(const Tensor& M, const std::string& method) {
   const int64_t dims = M.dim();
   STD_TORCH_CHECK(dims >= 2 && M.size(dims - 2) >= M.size(dims - 1), "M: wanted (..., n, r) with n >= r; pass M.mT.");
@@ -132,7 +80,6 @@ std::tuple<Tensor, Tensor> polar(const Tensor& M, const std::string& method) {
   char* in = static_cast<char*>(data_of(M));
   char* out = static_cast<char*>(data_of(Q));
   prefer_huge_pages(out, batch * n * r * bytes);
-  constexpr int64_t kStreamedBytes = 4 << 20;
   const bool stream = batch * n * r * bytes >= kStreamedBytes;
   std::vector<stella::PolarJob> jobs;
   jobs.reserve(batch);

@@ -1,5 +1,6 @@
 // Everything above, compiled for one instruction set, as a table of functions.
 #include "adamw.h"
+#include "adapter.h"
 #include "gradient.h"
 #include "polar.h"
 #include "retract.h"
@@ -18,6 +19,9 @@ Plan plan(int64_t n, int64_t r, Storage storage, bool two_operands) {
   p.combine_vectors = kCombineVectors;
   return p;
 }
+
+constexpr AdapterKernels kAdapterKernels = {adapter_plan,     pack_factor,   pack_core,   adapter_forward,
+                                            adapter_backward, unpack_factor, unpack_core, dropout_rows};
 
 }  // namespace
 
@@ -47,7 +51,8 @@ const IsaKernels& table() {
                                      adamw_step,
                                      adamw_solve,
                                      adamw_update,
-                                     adamw_fallback};
+                                     adamw_fallback,
+                                     &kAdapterKernels};
   return kernels;
 }
 

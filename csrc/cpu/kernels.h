@@ -65,6 +65,8 @@ struct Plan {
   int combine_columns, combine_vectors;  // register tile of the update kernel
 };
 
+struct AdapterKernels;  // adapter_kernels.h
+
 struct IsaKernels {
   const char* name;
   int vector_bytes;
@@ -99,6 +101,8 @@ struct IsaKernels {
   bool (*adamw_solve)(const AdamwJob&, const double* gram, double* coefficients, Outcome*);
   void (*adamw_update)(const AdamwJob&, int64_t begin, int64_t end, const void* steps, const double* coefficients);
   void (*adamw_fallback)(const AdamwJob&, const void* steps, Outcome*);
+
+  const AdapterKernels* adapter;
 };
 
 // The table of the best instruction set that this build holds and this processor has. STELLA_KERNELS_ISA names another.

@@ -10,12 +10,7 @@
 #include <numeric>
 
 namespace stella {
-namespace {
 
-int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
-
-// Tasks from a queue, so that a thread that is done early takes the next one. What a task computes does not depend on
-// the thread that takes it. The first exception is rethrown here, after every thread has stopped.
 void run_queue(const Pool& pool, int64_t tasks, const std::function<void(int64_t)>& task) {
   if (tasks == 0) return;
   std::atomic<int64_t> next{0};
@@ -37,6 +32,10 @@ void run_queue(const Pool& pool, int64_t tasks, const std::function<void(int64_t
     pool.parallel_for(workers, work);
   if (error) std::rethrow_exception(error);
 }
+
+namespace {
+
+int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
 // Largest first; a matrix with more than half a thread's share of the work has its rows shared.
 struct Division {

@@ -17,6 +17,10 @@ struct Pool {
   ParallelFor parallel_for;
 };
 
+// Tasks from a queue, so that a thread that is done early takes the next one. What a task computes does not depend on
+// the thread that takes it. The first exception is rethrown, after every thread has stopped.
+void run_queue(const Pool& pool, int64_t tasks, const std::function<void(int64_t)>& task);
+
 std::vector<Outcome> polar(const Pool& pool, const std::vector<PolarJob>& jobs, Method method);
 
 // A factor with a non-finite value is left as it was found, and its outcome says so.
