@@ -71,7 +71,18 @@ void coupling_pass(const AdamwJob& job, Panels<T>& panels, double* coupling) {
   panels.packed = panels.kept;
 }
 
-// Riemannian gradient and moments; the steps go to `steps`, the Gram of [Y, step] is added to `gram`.
+// The steps of the chunk that starts at row i, from its panel to `steps`.
+template <typename T>
+void keep_steps(const Panels<T>& panels, int64_t i, T* steps) {
+  const int64_t r = panels.first->r, padded = panels.padded(i);
+  const T* values = panels.slot(i) + r * panels.leading;
+  T* kept = steps + steps_offset(i, r);
+  for (int64_t j = 0; j < r; ++j)
+    std::memcpy(kept + j * padded, values + j * panels.leading, static_cast<size_t>(padded) * sizeof(T));
+}
+
+// Riemannian gradient and moments; the steps go to `steps`, or stay in the panels where that is nullptr; the Gram of
+// [Y, step] is added to `gram`.
 template <typename T>
 void step_pass(const AdamwJob& job, Panels<T>& panels, const double* coupling, T* steps, double* gram) {
   const int64_t r = job.factor.r, leading = panels.leading, out_rows = round_up(r, kCombineColumns);
@@ -83,24 +94,20 @@ void step_pass(const AdamwJob& job, Panels<T>& panels, const double* coupling, T
     if (adamw_by_rows(job)) return step_of_rows(job, panels.begin, panels.end, negative, steps, gram);
   T* blocked = s.coefficients.reserve<T>(r * out_rows);
   block_coefficients(negative, r, r, r, blocked);
-  T* result = s.output.reserve<T>(out_rows * leading);
   for (int64_t i = panels.begin; i < panels.end; i += panels.chunk) {
     T* panel = panels.at(i);
-    T* gradient = panel + r * leading;
+    T* values = panel + r * leading;  // the gradient, then the step: columns past the last one are room for fours
     const int64_t rows = panels.rows(i), padded = panels.padded(i);
-    combine(panel, r, leading, blocked, r, gradient, result, leading, padded);
-    advance_chunk(job, i, rows, padded, result, leading);
-    T* kept = steps + steps_offset(i, r);
-    for (int64_t j = 0; j < r; ++j) {
-      for (int64_t k = rows; k < padded; ++k) result[j * leading + k] = T(0);
-      std::memcpy(gradient + j * leading, result + j * leading, static_cast<size_t>(padded) * sizeof(T));
-      std::memcpy(kept + j * padded, result + j * leading, static_cast<size_t>(padded) * sizeof(T));
-    }
+    combine(panel, r, leading, blocked, r, values, values, leading, padded);
+    advance_chunk(job, i, rows, padded, values, leading);
+    for (int64_t j = 0; j < r; ++j)
+      for (int64_t k = rows; k < padded; ++k) values[j * leading + k] = T(0);
+    if (steps) keep_steps(panels, i, steps);
     gram_block(panel, panels.order, panel, panels.order, leading, padded, gram, panels.order, true);
   }
 }
 
-// Y <- Y + Y (B R - I) + step R.
+// Y <- Y + Y (B R - I) + step R; `steps` is read where the panels were not kept.
 template <typename T>
 void retract_pass(const AdamwJob& job, const Panels<T>& panels, const T* steps, const double* coefficients) {
   if constexpr (std::is_same_v<T, float>)
@@ -188,16 +195,20 @@ void adamw(const AdamwJob& job, Outcome* outcome) {
       for (int64_t i = 0; i < r * r; ++i) coupling[i] = 0.0;
       coupling_pass(job, panels, coupling);
     }
-    T* steps = s.steps.reserve<T>(adamw_steps_bytes(job) / static_cast<int64_t>(sizeof(T)));
+    const bool in_panels = panels.kept && !adamw_by_rows(job);
+    const int64_t steps_size = adamw_steps_bytes(job) / static_cast<int64_t>(sizeof(T));
+    T* steps = in_panels ? nullptr : s.steps.reserve<T>(steps_size);
     double* gram = s.second_gram.reserve<double>(4 * r * r);
     for (int64_t i = 0; i < 4 * r * r; ++i) gram[i] = 0.0;
     step_pass(job, panels, coupling, steps, gram);
     panels.packed = panels.kept;
     double* coefficients = s.gram.reserve<double>(2 * r * r);
-    if (adamw_coefficients<T>(job, gram, coefficients, outcome))
-      retract_pass(job, panels, steps, coefficients);
-    else
-      adamw_fallback(job, steps, outcome);
+    if (adamw_coefficients<T>(job, gram, coefficients, outcome)) return retract_pass(job, panels, steps, coefficients);
+    if (in_panels) {
+      steps = s.steps.reserve<T>(steps_size);
+      for (int64_t i = 0; i < n; i += panels.chunk) keep_steps(panels, i, steps);
+    }
+    adamw_fallback(job, steps, outcome);
   });
 }
 
