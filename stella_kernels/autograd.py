@@ -60,6 +60,12 @@ def _adapter_gradients(
     return tuple(g if need else None for g, need in zip(grads, needed, strict=True))  # type: ignore[return-value]
 
 
+def _recomputed(ctx: Any, grad_y: Tensor, x: Tensor, U: Tensor, S: Tensor, Vt: Tensor, seed: Tensor | None) -> Tensor:
+    """A = d(x) V (T, r) once more, as the forward pass had it: the adapter of an output without columns."""
+    y = grad_y.new_empty((x.shape[0], 0))
+    return _kernels.adapter_forward_(y, x, U[:0], S, Vt, ctx.scale, ctx.p, seed)
+
+
 def _adapter_goes_first(x: Tensor, W: Tensor) -> bool:
     """Whether the base product is to be accumulated into the adapter's, instead of the other way round.
 
@@ -69,7 +75,7 @@ def _adapter_goes_first(x: Tensor, W: Tensor) -> bool:
 
 
 class StellaLinearFunction(torch.autograd.Function):
-    """y = x Wᵀ + b + s d(x) V Sᵀ Uᵀ as one node: x (..., n), y (..., m)."""
+    """y = x Wᵀ + b + s d(x) V Sᵀ Uᵀ as one node: x (T, n), y (T, m)."""
 
     @staticmethod
     def forward(
@@ -83,39 +89,37 @@ class StellaLinearFunction(torch.autograd.Function):
         scale: float,
         p: float,
         seed: Tensor | None,
+        recompute: bool,
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])  # (T, n)
-        if _adapter_goes_first(rows, W):
-            y, A = _kernels.adapter_product(rows, b, U, S, Vt, scale, p, seed)  # (T, m), (T, r)
-            y.addmm_(rows, W.mT)
+        if _adapter_goes_first(x, W):
+            y, A = _kernels.adapter_product(x, b, U, S, Vt, scale, p, seed)  # (T, m), (T, r)
+            y.addmm_(x, W.mT)
         else:
-            y = F.linear(rows, W, b)  # (T, m), in autocast's dtype inside autocast
-            A = _kernels.adapter_forward_(y, rows, U, S, Vt, scale, p, seed)  # (T, r)
-        ctx.save_for_backward(x, W, A, U, S, Vt, seed)
+            y = F.linear(x, W, b)  # (T, m), in autocast's dtype inside autocast
+            A = _kernels.adapter_forward_(y, x, U, S, Vt, scale, p, seed)  # (T, r)
+        ctx.save_for_backward(x, W, None if recompute else A, U, S, Vt, seed)
         ctx.scale, ctx.p = scale, p
         ctx.bias_dtype = None if b is None else b.dtype
-        return y.view(*x.shape[:-1], W.shape[0])
+        return y
 
     @staticmethod
     @_differentiable_once
     def backward(ctx: Any, grad_y: Tensor) -> _Gradients:
         x, W, A, U, S, Vt, seed = ctx.saved_tensors
         need_x, need_W, need_b, *need_factors = ctx.needs_input_grad[:6]
-        rows = x.reshape(-1, x.shape[-1])  # (T, n)
-        grad_y = grad_y.reshape(-1, grad_y.shape[-1])  # (T, m)
         first = need_x and _adapter_goes_first(grad_y, W)
-        grad_x = (
-            None if not need_x else grad_y.new_empty(rows.shape) if first else grad_y @ W.to(grad_y.dtype)
-        )  # (T, n)
-        grad_W = (grad_y.mT @ rows.to(grad_y.dtype)).to(W.dtype) if need_W else None
+        grad_x = None if not need_x else grad_y.new_empty(x.shape) if first else grad_y @ W.to(grad_y.dtype)  # (T, n)
+        grad_W = (grad_y.mT @ x.to(grad_y.dtype)).to(W.dtype) if need_W else None
         grad_b = grad_y.sum(0, dtype=ctx.bias_dtype) if need_b else None
-        saved = (rows, A, U, S, Vt, seed)
+        if A is None:
+            A = _recomputed(ctx, grad_y, x, U, S, Vt, seed)
+        saved = (x, A, U, S, Vt, seed)
         factors = _adapter_gradients(ctx, grad_x, 0.0 if first else 1.0, grad_y, saved, need_factors)
         if grad_x is not None and first:
             grad_x.addmm_(grad_y, W)
         if grad_x is not None:
-            grad_x = grad_x.to(x.dtype).view(x.shape)
-        return grad_x, grad_W, grad_b, *factors, None, None, None
+            grad_x = grad_x.to(x.dtype)
+        return grad_x, grad_W, grad_b, *factors, None, None, None, None
 
 
 class StellaAdapterFunction(torch.autograd.Function):
@@ -132,6 +136,7 @@ class StellaAdapterFunction(torch.autograd.Function):
         scale: float,
         p: float,
         seed: Tensor | None,
+        recompute: bool,
     ) -> Tensor:
         if torch.compiler.is_compiling():
             # the compiler loses the order of the gradients where a function overwrites a view; it elides this copy
@@ -145,7 +150,7 @@ class StellaAdapterFunction(torch.autograd.Function):
         A = _kernels.adapter_forward_(flat, rows, U, S, Vt, scale, p, seed)  # (T, r)
         if not y.is_contiguous():
             y.copy_(flat.view(y.shape))
-        ctx.save_for_backward(x, A, U, S, Vt, seed)
+        ctx.save_for_backward(x, None if recompute else A, U, S, Vt, seed)
         ctx.scale, ctx.p = scale, p
         return y
 
@@ -156,11 +161,13 @@ class StellaAdapterFunction(torch.autograd.Function):
         need_y, need_x, *need_factors = ctx.needs_input_grad[:5]
         rows = x.reshape(-1, x.shape[-1])  # (T, n)
         flat = grad_y.reshape(-1, grad_y.shape[-1])  # (T, m)
+        if A is None:
+            A = _recomputed(ctx, flat, rows, U, S, Vt, seed)
         grad_x = flat.new_empty(rows.shape) if need_x else None  # (T, n)
         factors = _adapter_gradients(ctx, grad_x, 0.0, flat, (rows, A, U, S, Vt, seed), need_factors)
         if grad_x is not None:
             grad_x = grad_x.to(x.dtype).view(x.shape)
-        return grad_y if need_y else None, grad_x, *factors, None, None, None
+        return grad_y if need_y else None, grad_x, *factors, None, None, None, None
 
 
 def _polar_setup(ctx: Any, inputs: tuple[Tensor, str], output: tuple[Tensor, Tensor]) -> None:

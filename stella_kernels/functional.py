@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
@@ -12,7 +13,7 @@ from .autograd import StellaAdapterFunction, StellaLinearFunction
 from .checks import METHODS, check_choice, check_float_tensor, check_tall
 from .ops import INFO_COLUMNS
 
-__all__ = ["polar", "stella_adapter", "stella_linear"]
+__all__ = ["join_adapters", "polar", "stella_adapter", "stella_linear"]
 
 
 def _shape(value: Tensor) -> str:
@@ -99,6 +100,7 @@ def stella_linear(
     scale: float,
     dropout_p: float = 0.0,
     training: bool = True,
+    recompute: bool = False,
 ) -> Tensor:
     """A linear layer with its StelLA adapter: ``x Wᵀ + b + scale · dropout(x) V Sᵀ Uᵀ`` (arXiv 2510.01938).
 
@@ -115,6 +117,7 @@ def stella_linear(
         dropout_p: probability that an element of x is dropped before the adapter (the base sees x itself); in force
             when ``training``. The mask is Philox's under a seed drawn from torch's default generator, so
             ``torch.manual_seed`` and activation checkpointing reproduce it.
+        recompute: compute A anew in the backward pass instead of keeping its T r elements.
 
     Returns:
         (..., m), in x's dtype, or inside ``torch.autocast`` in autocast's.
@@ -129,7 +132,9 @@ def stella_linear(
     _check_adapter(x, U, S, Vt, scale, dropout_p)
     _check_base(x, W, b, U.shape[0], Vt.shape[1])
     p, seed = _dropout(x, dropout_p, training)
-    return StellaLinearFunction.apply(x, W, b, U, S, Vt, float(scale), p, seed)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (T, n)
+    y = StellaLinearFunction.apply(rows, W, b, U, S, Vt, float(scale), p, seed, recompute)  # (T, m)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], W.shape[0])
 
 
 def stella_adapter(
@@ -141,6 +146,7 @@ def stella_adapter(
     scale: float,
     dropout_p: float = 0.0,
     training: bool = True,
+    recompute: bool = False,
 ) -> Tensor:
     """Accumulate the adapter into the output of any base layer, in place: ``y += scale · dropout(x) V Sᵀ Uᵀ``.
 
@@ -151,7 +157,7 @@ def stella_adapter(
         y: (..., m), the base's output, which is used up: its memory holds the result (a compiled graph may use other
             memory), so go on with what is returned. Everything is computed in its dtype.
         x: (..., n), with y's leading dimensions; any float dtype. Copied where it shares y's memory.
-        U, S, Vt, scale, dropout_p, training: as in :func:`stella_linear`.
+        U, S, Vt, scale, dropout_p, training, recompute: as in :func:`stella_linear`.
 
     Returns:
         (..., m) in y's dtype: y itself, outside ``torch.compile``.
@@ -169,7 +175,31 @@ def stella_adapter(
     if y.requires_grad and y.is_leaf and torch.is_grad_enabled():
         raise ValueError("y: found a leaf that requires grad, wanted the output of a layer; pass y.clone().")
     p, seed = _dropout(x, dropout_p, training)
-    return StellaAdapterFunction.apply(y, x, U, S, Vt, float(scale), p, seed)
+    return StellaAdapterFunction.apply(y, x, U, S, Vt, float(scale), p, seed, recompute)
+
+
+def join_adapters(adapters: Sequence[tuple[Tensor, Tensor, Tensor, float]]) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Several adapters of one layer as one: U, S, Vt and scale whose adapter is the sum of the given ones'.
+
+    U and Vᵀ are stacked along the rank, S is block-diagonal with the scales in it (diagonal where every S is), so that
+    one pass over the activations serves all. Gradients reach the given factors; a dropout mask is then shared.
+
+    Args:
+        adapters: (U (m, rᵢ), S (rᵢ, rᵢ) or (rᵢ,), Vt (rᵢ, n), scale) of each, at least one; any device and float dtype.
+
+    Raises:
+        ValueError: no adapters.
+    """
+    if not adapters:
+        raise ValueError("adapters: found none, wanted at least one.")
+    if len(adapters) == 1:
+        return adapters[0]
+    cores = [S if scale == 1.0 else S * scale for _, S, _, scale in adapters]
+    if all(S.dim() == 1 for S in cores):
+        core = torch.cat(cores)
+    else:
+        core = torch.block_diag(*(S.diag() if S.dim() == 1 else S for S in cores))
+    return torch.cat([U for U, _, _, _ in adapters], 1), core, torch.cat([Vt for _, _, Vt, _ in adapters]), 1.0
 
 
 @overload

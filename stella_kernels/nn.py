@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -169,10 +169,56 @@ def _plain_linear(module: nn.Module) -> nn.Linear | None:
     return None if "forward" in module.__dict__ or any(hooks) else module
 
 
-def subtract_start(y: Tensor, x: Tensor, U0: Tensor, Vt0: Tensor, scale: float) -> Tensor:
-    """``y − s · x V0 U0ᵀ``, (..., m): what "pseudo_zero" takes away. Never dropped out, as if the base had lost it."""
-    minus_identity = U0.new_full((U0.shape[1],), -1.0)
-    return functional.stella_adapter(y, x, U0, minus_identity, Vt0, scale, 0.0, False)
+# U, S, Vt, scale, and the probability of dropout in force
+Term = tuple[Tensor, Tensor, Tensor, float, float]
+
+
+def start_term(U0: Tensor, Vt0: Tensor, scale: float) -> Term:
+    """``−s · x V0 U0ᵀ``: what "pseudo_zero" takes away. Never dropped out, as if the base had lost it."""
+    return U0, U0.new_full((U0.shape[1],), -1.0), Vt0, scale, 0.0
+
+
+def _joined(terms: Sequence[Term], most: int) -> list[Term]:
+    """The terms with those of one dropout probability joined to one, as long as its rank is at most ``most``."""
+    joined: list[Term] = []
+    for p in dict.fromkeys(term[4] for term in terms):
+        adapters = [term[:4] for term in terms if term[4] == p]
+        if sum(Vt.shape[0] for _, _, Vt, _ in adapters) <= most:
+            joined.append((*functional.join_adapters(adapters), p))
+        else:
+            joined += [(*adapter, p) for adapter in adapters]
+    return joined
+
+
+def adapted_output(
+    base: nn.Module,
+    x: Tensor,
+    terms: Sequence[Term],
+    owned: bool,
+    recompute: bool = False,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """The output of ``base`` on ``x``, (..., n) to (..., m), plus every adapter in ``terms``, of which there is one.
+
+    Adapters with the same dropout are computed together, under one mask. A plain ``nn.Linear`` and its first adapter
+    are one autograd node; any other base is called with ``args`` and ``kwargs``.
+
+    Args:
+        owned: what the base returns is nobody else's and may be overwritten; else it is copied.
+    """
+    m, n = terms[0][0].shape[0], terms[0][2].shape[1]
+    first, *rest = _joined(terms, min(m, n))
+    plain = None if args or kwargs else _plain_linear(base)
+    if plain is not None:
+        y = functional.stella_linear(x, plain.weight, plain.bias, *first, recompute=recompute)
+    else:
+        y = base(x, *args, **(kwargs or {}))
+        # hooks, the base's own backward or the caller may hold what it returned
+        y = functional.stella_adapter(y if owned else y.clone(), x, *first, recompute=recompute)
+    for term in rest:
+        y = functional.stella_adapter(y, x, *term, recompute=recompute)
+    return y
 
 
 class StellaLinear(nn.Module):
@@ -193,6 +239,7 @@ class StellaLinear(nn.Module):
         dropout: probability of dropping an element of the adapter's input while training.
         diag_s: S is diagonal, stored (r,).
         init: how U and V start, see :func:`init_factors`.
+        recompute: compute A = dropout(x) V anew in the backward pass instead of keeping its T r elements.
         device: where the factors live; default: where the base's first parameter or buffer is.
         dtype: the factors' dtype. Default float32, whatever the base's: bfloat16 cannot hold orthonormal columns.
 
@@ -215,6 +262,7 @@ class StellaLinear(nn.Module):
         diag_s: bool = False,
         init: str = "rando",
         use_rslora: bool = False,
+        recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -242,6 +290,7 @@ class StellaLinear(nn.Module):
         self.alpha = float(r if alpha is None else alpha)
         self.scale = self.alpha / (math.sqrt(r) if use_rslora else r)
         self.dropout = float(dropout)
+        self.recompute = recompute
         if device is None:
             device = next((t.device for t in (*base.parameters(), *base.buffers())), None)
         self.U = nn.Parameter(torch.empty(out_features, r, device=device, dtype=dtype))
@@ -256,16 +305,10 @@ class StellaLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) to (..., m); see :func:`stella_kernels.functional.stella_linear`."""
-        factors = (self.U, self.S, self.Vt, self.scale, self.dropout, self.training)
-        plain = _plain_linear(self.base)
-        if plain is not None and self.U0 is None:
-            return functional.stella_linear(x, plain.weight, plain.bias, *factors)
-        y = self.base(x)
-        if plain is None:  # hooks, the base's own backward or the caller may hold what it returned
-            y = y.clone()
+        terms: list[Term] = [(self.U, self.S, self.Vt, self.scale, self.dropout if self.training else 0.0)]
         if self.U0 is not None and self.Vt0 is not None:
-            y = subtract_start(y, x, self.U0, self.Vt0, self.scale)
-        return functional.stella_adapter(y, x, *factors)
+            terms.append(start_term(self.U0, self.Vt0, self.scale))
+        return adapted_output(self.base, x, terms, owned=False, recompute=self.recompute)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

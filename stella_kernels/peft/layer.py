@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import functional
-from ..nn import OwnFactor, init_factors, subtract_start
+from ..nn import OwnFactor, Term, adapted_output, init_factors, start_term
 from ..reference.stiefel import orthonormality_error
 from .config import StellaConfig
 
@@ -255,15 +255,11 @@ class Linear(nn.Module, StellaLayer):
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        y = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return y
         active = self._present(self.active_adapters)
-        if active and not self._owns_output():
-            y = y.clone()
-        for adapter in active:
-            y = self._add_adapter(y, x, adapter)
-        return y
+        if self.disable_adapters or self.merged or not active:
+            return self.base_layer(x, *args, **kwargs)
+        terms = [term for adapter in active for term in self._terms(adapter)]
+        return adapted_output(self.base_layer, x, terms, self._owns_output(), args=args, kwargs=kwargs)
 
     def _owns_output(self) -> bool:
         """Whether what the base layer returns is nobody else's, so that the adapter may be added to it in place.
@@ -274,11 +270,12 @@ class Linear(nn.Module, StellaLayer):
         base = self.base_layer
         return type(base) in (nn.Linear, Conv1D, Linear) and not (base._forward_hooks or base._backward_hooks)
 
-    def _add_adapter(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
-        settings = self.scaling[adapter], self.lora_dropout[adapter], self.training
-        y = functional.stella_adapter(y, x, *self.factors(adapter), *settings)
-        start = self.start(adapter)
-        return y if start is None else subtract_start(y, x, *start, self.scaling[adapter])
+    def _terms(self, adapter: str) -> Iterator[Term]:
+        """The adapter, and what is taken away of one that starts as 'pseudo_zero'."""
+        scale, p = self.scaling[adapter], self.lora_dropout[adapter] if self.training else 0.0
+        yield (*self.factors(adapter), scale, p)
+        if (start := self.start(adapter)) is not None:
+            yield start_term(*start, scale)
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         if len(x) != len(adapter_names):
@@ -290,7 +287,10 @@ class Linear(nn.Module, StellaLayer):
         y = self.base_layer(x, *args, **kwargs)
         for adapter in self._present(sorted(set(adapter_names))):
             rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter], device=x.device)
-            y = y.index_copy(0, rows, self._add_adapter(y[rows], x[rows], adapter))
+            part, rows_of_x = y[rows], x[rows]  # copies: each term may be added in place
+            for term in self._terms(adapter):
+                part = functional.stella_adapter(part, rows_of_x, *term)
+            y = y.index_copy(0, rows, part)
         return y
 
     def get_delta_weight(self, adapter: str) -> Tensor:
