@@ -1,9 +1,10 @@
-"""``python -m stella_kernels info`` and ``verify``: what this machine has, and whether it computes what it should."""
+"""``python -m stella_kernels info``, ``verify`` and ``compile-report``: what is here, and whether it is right."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -157,6 +158,15 @@ def verify(quick: bool) -> int:
     return 1 if missed else 0
 
 
+def compile_report(chips: list[str] | None, ranks: list[int] | None, kernels: str) -> int:
+    """Print what each Triton kernel takes on each chip; 1 where one breaks a promise, 2 without Triton."""
+    if importlib.util.find_spec("triton") is None:
+        print("Triton is not installed, so that nothing can be compiled; pip install triton")
+        return 2
+    module = importlib.import_module("stella_kernels.triton_kernels.compile_report")
+    return int(module.report(chips or tuple(module.CHIPS), ranks or module.RANKS, kernels))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m stella_kernels", description=__doc__)
@@ -165,7 +175,13 @@ def main(arguments: list[str] | None = None) -> int:
     about.add_argument("--json", action="store_true", help="as JSON")
     proof = commands.add_parser("verify", help="every available backend against the float64 reference")
     proof.add_argument("--quick", action="store_true", help="a part of the table that still reaches every path")
+    compiled = commands.add_parser("compile-report", help="every Triton kernel compiled for chips that are not here")
+    compiled.add_argument("--chips", nargs="+", help="sm_80 sm_90 sm_100 sm_120 gfx942 (default: all)")
+    compiled.add_argument("--ranks", nargs="+", type=int, choices=(16, 32, 64, 128), help="padded ranks (default: all)")
+    compiled.add_argument("--kernels", default="", help="only those whose name contains this")
     parsed = parser.parse_args(arguments)
+    if parsed.command == "compile-report":
+        return compile_report(parsed.chips, parsed.ranks, parsed.kernels)
     return info(parsed.json) if parsed.command == "info" else verify(parsed.quick)
 
 

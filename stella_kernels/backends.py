@@ -1,7 +1,8 @@
 """Which backends are there on this machine, which one serves each operator, and why another does not.
 
-``STELLA_KERNELS_BACKEND`` chooses: ``auto`` (default: the native library where it was built, else the reference),
-``reference`` (pure PyTorch everywhere) or ``cpu`` (the native CPU library, or an error that says why it cannot serve).
+``STELLA_KERNELS_BACKEND`` chooses: ``auto`` (default: the native library for CPU tensors where it was built, Triton for
+those of a GPU where it is installed, else the reference), ``reference`` (pure PyTorch everywhere), ``cpu`` or
+``triton`` (as auto, but an error that says why where that one cannot serve).
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from types import ModuleType
 
 import torch
 
+from . import triton_backend
 from .checks import BackendUnavailableError
 
-CHOICES = ("auto", "reference", "cpu")
+CHOICES = ("auto", "reference", "cpu", "triton")
 NATIVE_OPERATORS = (
     *("polar", "riemannian_gradient_", "project_retract_", "stella_adamw_"),
     *("philox_dropout", "adapter_forward_", "adapter_product", "adapter_backward_"),
@@ -62,6 +64,8 @@ def _load_cpu_library() -> Backend:
             backend = Backend("cpu", False, why_not)
     if choice == "cpu" and not backend.available:
         raise BackendUnavailableError(f"STELLA_KERNELS_BACKEND=cpu: {backend.why_not}.")
+    if choice == "triton" and (reason := triton_backend.why_not()):
+        raise BackendUnavailableError(f"STELLA_KERNELS_BACKEND=triton: {reason}.")
     return backend
 
 
@@ -70,13 +74,17 @@ _cpu = _load_cpu_library()
 
 def backends() -> list[Backend]:
     """Every backend this release knows, best first."""
-    return [_cpu, Backend("reference", True)]
+    reason = triton_backend.why_not()
+    return [_cpu, Backend("triton", not reason, reason), Backend("reference", True)]
 
 
 def serving(operator: str, device: str = "cpu") -> str:
     """Name of the backend that serves ``operator`` (a name of ``torch.ops.stella_kernels``) on ``device``."""
-    native = device == "cpu" and _cpu.available and operator in NATIVE_OPERATORS
-    return "cpu" if native else "reference"
+    if device == "cpu" and _cpu.available and operator in NATIVE_OPERATORS:
+        return "cpu"
+    if device == "cuda" and operator in triton_backend.OPERATORS and not triton_backend.why_not():
+        return "triton"
+    return "reference"
 
 
 def passed_over(operator: str, device: str = "cpu") -> dict[str, str]:
@@ -90,7 +98,7 @@ def passed_over(operator: str, device: str = "cpu") -> dict[str, str]:
             reasons[backend.name] = backend.why_not
         elif backend.name == "reference":
             reasons[backend.name] = "it serves where no kernel does"
-        elif device != "cpu":
+        elif device != {"triton": "cuda"}.get(backend.name, backend.name):
             reasons[backend.name] = f"its kernels do not run on {device}"
         else:
             reasons[backend.name] = "it has no kernel for this operator"

@@ -6,7 +6,8 @@ own dispatch key (``backends.py`` decides which are loaded). Importing this modu
 Operators over many factors take tensor lists, each tensor seen as (n, r): a factor stored transposed, (r, n),
 comes as its ``.mT`` view and is never copied to transpose it.
 
-``info`` is a (k, 4) float64 CPU tensor, a row for each matrix or factor: status, residual, iterations, path.
+``info`` is a (k, 4) float64 tensor, a row for each matrix or factor: status, residual, iterations, path. It is on the
+CPU, but of an operator over lists that Triton serves on the factors' device, so that nothing has to wait for it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import backends as backends  # loads the native library, which registers itself
+from . import triton_backend
 from .reference import adamw, adapter, philox, stiefel
 
 STATUS_OK = 0
@@ -43,6 +45,12 @@ def _info(rows: list[list[float]]) -> Tensor:
 
 def _arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def _info_fake(operator: str, factors: list[Tensor]) -> Tensor:
+    device = factors[0].device if factors else torch.device("cpu")
+    served = backends.serving(operator, device.type) == "triton"
+    return torch.empty((len(factors), INFO_COLUMNS), dtype=torch.float64, device=device if served else "cpu")
 
 
 @torch.library.impl(_library, "polar", "CompositeExplicitAutograd")
@@ -94,7 +102,7 @@ def _riemannian_gradient_reference(gradients: list[Tensor], factors: list[Tensor
 
 @torch.library.register_fake("stella_kernels::riemannian_gradient_", lib=_library)
 def _riemannian_gradient_fake(gradients: list[Tensor], factors: list[Tensor], snapshots: list[Tensor]) -> Tensor:
-    return torch.empty((len(gradients), INFO_COLUMNS), dtype=torch.float64)
+    return _info_fake("riemannian_gradient_", gradients)
 
 
 @torch.library.impl(_library, "project_retract_", "CompositeExplicitAutograd")
@@ -115,7 +123,7 @@ def _project_retract_reference(
 
 @torch.library.register_fake("stella_kernels::project_retract_", lib=_library)
 def _project_retract_fake(moved: list[Tensor], previous: list[Tensor], divisors: list[float], method: str) -> Tensor:
-    return torch.empty((len(moved), INFO_COLUMNS), dtype=torch.float64)
+    return _info_fake("project_retract_", moved)
 
 
 # The whole AdamW step of constrained factors. Every list holds (n, r) views. A row of hyperparameters, (k, 7) float64
@@ -178,7 +186,7 @@ def _stella_adamw_fake(
     hyperparameters: Tensor,
     skip_nonfinite: bool,
 ) -> Tensor:
-    return torch.empty((len(factors), INFO_COLUMNS), dtype=torch.float64)
+    return _info_fake("stella_adamw_", factors)
 
 
 # The adapter. Everything is computed in y's dtype (the base layer's, so autocast's inside autocast): x and the factors
@@ -322,6 +330,8 @@ def _adapter_backward_fake(
     ]
     return grads[0], grads[1], grads[2]
 
+
+triton_backend.register(_library)
 
 # The reference of every operator, to be called as it is where a native kernel serves torch.ops.stella_kernels.
 REFERENCE: dict[str, Callable[..., object]] = {

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import backends, ops
+from . import backends, ops, triton_backend
 from .case_data import (
     Implementation,
     gaussian,
@@ -67,6 +67,8 @@ def implementations() -> dict[str, Implementation]:
     found: dict[str, Implementation] = {}
     if backends.serving("polar") == "cpu":
         found["cpu"] = {name: getattr(torch.ops.stella_kernels, name) for name in backends.NATIVE_OPERATORS}
+    if backends.serving("polar", "cuda") == "triton":
+        found["triton"] = {name: triton_backend.on("cuda", f) for name, f in triton_backend.operators().items()}
     found["reference"] = dict(ops.REFERENCE)
     return found
 

@@ -279,7 +279,7 @@ class StellaAdamW(AdamW):
             slots = [active[i] for i in call.positions]
             call.hyperparameters[:, LR] = torch.tensor([rates[s.group] for s in slots], dtype=torch.float64)
             call.hyperparameters[:, STEP] = torch.tensor([s.step.item() + 1 for s in slots], dtype=torch.float64)
-            info[call.positions] = torch.ops.stella_kernels.stella_adamw_(
+            rows = torch.ops.stella_kernels.stella_adamw_(
                 [s.view for s in slots],
                 [gradients[i] for i in call.positions],
                 [s.exp_avg_view for s in slots],
@@ -288,6 +288,7 @@ class StellaAdamW(AdamW):
                 call.hyperparameters,
                 self.skip_nonfinite,
             )
+            info[call.positions] = rows.to(info.device)
         self._finish(active, info)
 
     def _planned(self, active: list[Slot]) -> Plan:

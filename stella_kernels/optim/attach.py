@@ -219,7 +219,7 @@ class Attachment:
                 before = {i: self._buffer(i) for i in active}
                 info[active] = self._quotient.retract(before, self._views, self._divisors)
             for group in self._groups(active) if self._quotient is None else ():
-                info[group] = self._retract(group)
+                info[group] = self._retract(group).to(info.device)
         except BaseException:
             self._restore(active)
             raise

@@ -56,8 +56,8 @@ def tiles_for(R: int, dtype: torch.dtype) -> Tiles:
     """The defaults. A chunk of 64 R rows keeps the partial Gram matrices under 5 % of the factors."""
     chunk = min(8192, max(1024, 64 * R))
     block = {16: 32, 32: 16, 64: 16, 128: 16}[R]
-    slab = R if R <= 64 else 32
-    return Tiles(block, chunk, slab, min(R, 32), 16, 16, 4 if R <= 32 else 8, 4, R <= 64)
+    few = R <= 32
+    return Tiles(block, chunk, R if few else 32, min(R, 32), 16, 16, 4 if few else 8, 4 if R == 16 else 8, few)
 
 
 PRECISIONS = ("tf32x3", "ieee", "tf32")

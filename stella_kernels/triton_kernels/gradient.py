@@ -6,7 +6,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import LEAVE, MOVE, ROW, add_apart, load_square, load_tile, product, store_square, store_tile, sum_partials
+from .tiles import (
+    LEAVE,
+    MOVE,
+    ROW,
+    add_apart,
+    load_square,
+    load_tile,
+    product,
+    rows_from,
+    store_square,
+    store_tile,
+    sum_partials,
+)
 from .tiles import where_of as where_of
 
 _ROW = tl.constexpr(ROW)
@@ -41,15 +53,16 @@ def coupling_kernel(
     if item == 0:
         tl.store(refused, 0)
     known = tl.load(table + factor * _ROW + 4) != 0
-    rows, columns = tl.arange(0, BLOCK), tl.arange(0, R)
+    columns = tl.arange(0, R)
     end = tl.minimum(begin + CHUNK, n)
     coupling = tl.zeros((R, R), dtype=TO)
     tainted = tl.zeros((BLOCK, R), dtype=TO)
     for start in range(begin, end, BLOCK):
-        g = load_tile(table, factor, GRADIENT, start, rows, columns, n, r, ELEMENT, TO, INDEX)  # (BLOCK, R)
+        rows = rows_from(begin, start, BLOCK)
+        g = load_tile(table, factor, GRADIENT, begin, rows, columns, n, r, ELEMENT, TO, INDEX)  # (BLOCK, R)
         tainted += g * 0.0
         if not known:
-            y = load_tile(table, factor, FACTOR, start, rows, columns, n, r, ELEMENT, TO, INDEX)  # (BLOCK, R)
+            y = load_tile(table, factor, FACTOR, begin, rows, columns, n, r, ELEMENT, TO, INDEX)  # (BLOCK, R)
             coupling = add_apart(coupling, product(tl.trans(g), y, PRECISION, TO), one)
     tl.store(poison + item, tl.sum(tl.sum(tainted, axis=1), axis=0))
     if not known:
@@ -120,13 +133,14 @@ def subtract_kernel(
     begin = tl.multiple_of(begin, CHUNK)
     if tl.load(refused) == 0:
         moves = tl.load(state + factor) == _MOVE
-        rows, columns = tl.arange(0, BLOCK), tl.arange(0, R)
+        columns = tl.arange(0, R)
         K = load_square(couplings + factor * (R * R), r, R, TO)
         for start in range(begin, tl.minimum(begin + CHUNK, n), BLOCK):
-            y = load_tile(table, factor, 1, start, rows, columns, n, r, ELEMENT, TO, INDEX)  # (BLOCK, R)
+            rows = rows_from(begin, start, BLOCK)
+            y = load_tile(table, factor, 1, begin, rows, columns, n, r, ELEMENT, TO, INDEX)  # (BLOCK, R)
             if SNAPSHOTS:
-                store_tile(table, factor, 2, start, rows, columns, n, r, y, ELEMENT, INDEX)
+                store_tile(table, factor, 2, begin, rows, columns, n, r, y, ELEMENT, INDEX)
             if moves:
-                g = load_tile(table, factor, 0, start, rows, columns, n, r, ELEMENT, TO, INDEX)  # (BLOCK, R)
+                g = load_tile(table, factor, 0, begin, rows, columns, n, r, ELEMENT, TO, INDEX)  # (BLOCK, R)
                 g -= product(y, K, PRECISION, TO)
-                store_tile(table, factor, 0, start, rows, columns, n, r, g, ELEMENT, INDEX)
+                store_tile(table, factor, 0, begin, rows, columns, n, r, g, ELEMENT, INDEX)

@@ -69,11 +69,12 @@ def advance(
     """Take the moments of a tile of rows one step on, with g = sign (∇ − Y K); returns Y and Δ."""
     y = load_tile(table, factor, 0, start, rows, columns, n, r, ELEMENT, TO, INDEX)  # (BLOCK, R)
     g = load_tile(table, factor, 1, start, rows, columns, n, r, ELEMENT, TO, INDEX)
-    m = load_tile(table, factor, 2, start, rows, columns, n, r, ELEMENT, TO, INDEX)
-    v = load_tile(table, factor, 3, start, rows, columns, n, r, ELEMENT, TO, INDEX)
     row = settings + factor * _SETTINGS
     beta1, beta2 = tl.load(row + 1), tl.load(row + 2)
     g = (g - product(y, K, PRECISION, TO)) * tl.load(row + 6).to(TO)
+    tl.debug_barrier()  # the product's registers are free before the moments are addressed
+    m = load_tile(table, factor, 2, start, rows, columns, n, r, ELEMENT, TO, INDEX)
+    v = load_tile(table, factor, 3, start, rows, columns, n, r, ELEMENT, TO, INDEX)
     m += (1.0 - beta1).to(TO) * (g - m)
     v = beta2.to(TO) * v + (1.0 - beta2).to(TO) * g * g
     store_tile(table, factor, 2, start, rows, columns, n, r, m, ELEMENT, INDEX)

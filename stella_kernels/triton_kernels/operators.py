@@ -137,7 +137,8 @@ def stella_adamw_(
 
     def call(at: list[int]) -> Tensor:
         rows = hyperparameters if len(at) == len(factors) else hyperparameters[at]
-        return stiefel.stella_adamw_(*([values[i] for i in at] for values in lists), rows, skip_nonfinite)
+        Y, gradient, m, v, K = ([values[i] for i in at] for values in lists)
+        return stiefel.stella_adamw_(Y, gradient, m, v, K, rows, skip_nonfinite)
 
     return _of_groups(factors, call)
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .moves import ADAMW, POLAR, advance, load_move
-from .tiles import MOVE, add_apart, load_square, product, store_tile, where_of
+from .tiles import MOVE, add_apart, load_square, product, rows_from, store_tile, where_of
 
 _ADAMW = tl.constexpr(ADAMW)
 _POLAR = tl.constexpr(POLAR)
@@ -51,30 +51,33 @@ def gram_kernel(
     if KIND == _ADAMW:
         proceed = (tl.load(state + factor) == _MOVE) & ((tl.load(refused) == 0) | (skip != 0))
     if proceed:
-        rows, columns, slab = tl.arange(0, BLOCK), tl.arange(0, R), first + tl.arange(0, SLAB)
+        columns, slab = tl.arange(0, R), first + tl.arange(0, SLAB)
         C = tl.zeros((R, SLAB), dtype=TO)
         A = tl.zeros((R, SLAB), dtype=TO)
         D = tl.zeros((R, SLAB), dtype=TO)
         if ADVANCE:
             K = load_square(couplings + factor * (R * R), r, R, TO)
         for start in range(begin, tl.minimum(begin + CHUNK, n), BLOCK):
+            rows = rows_from(begin, start, BLOCK)
             if ADVANCE:
                 y, d = advance(
-                    table, factor, settings, K, start, rows, columns, n, r, STEPS, ELEMENT, TO, PRECISION, INDEX
+                    table, factor, settings, K, begin, rows, columns, n, r, STEPS, ELEMENT, TO, PRECISION, INDEX
                 )
             else:
-                y, d = load_move(table, factor, settings, start, rows, columns, n, r, KIND, STEPS, ELEMENT, TO, INDEX)
+                y, d = load_move(table, factor, settings, begin, rows, columns, n, r, KIND, STEPS, ELEMENT, TO, INDEX)
             if GRAM:
                 if SLAB == R:
                     ys, ds = y, d
                 else:
                     ys, ds = load_move(
-                        table, factor, settings, start, rows, slab, n, r, KIND, STEPS, ELEMENT, TO, INDEX
+                        table, factor, settings, begin, rows, slab, n, r, KIND, STEPS, ELEMENT, TO, INDEX
                     )
                 yt = tl.trans(y)
                 C = add_apart(C, product(yt, ys, PRECISION, TO), one)
                 if KIND != _POLAR:
+                    tl.debug_barrier()  # one product's operands are in registers at a time
                     A = add_apart(A, product(yt, ds, PRECISION, TO), one)
+                    tl.debug_barrier()
                     D = add_apart(D, product(tl.trans(d), ds, PRECISION, TO), one)
         if GRAM:
             mask = (columns < r)[:, None] & (slab < r)[None, :]
@@ -115,18 +118,19 @@ def update_kernel(
     _item, factor, n, r, begin = where_of(table, items)
     begin = tl.multiple_of(begin, CHUNK)
     if tl.load(state + factor) == _MOVE:
-        rows, columns = tl.arange(0, BLOCK), tl.arange(0, R)
+        columns = tl.arange(0, R)
         scale = tl.load(scales + factor)
         at = coefficients + factor * (2 * R * R)
         for start in range(begin, tl.minimum(begin + CHUNK, n), BLOCK):
-            y, d = load_move(table, factor, settings, start, rows, columns, n, r, KIND, STEPS, ELEMENT, TO, INDEX)
+            rows = rows_from(begin, start, BLOCK)
+            y, d = load_move(table, factor, settings, begin, rows, columns, n, r, KIND, STEPS, ELEMENT, TO, INDEX)
             for first in tl.static_range(0, R, SLAB):
                 slab = first + tl.arange(0, SLAB)
                 if SLAB == R:
                     ys, ds = y, d
                 else:  # columns that are not written yet
                     ys, ds = load_move(
-                        table, factor, settings, start, rows, slab, n, r, KIND, STEPS, ELEMENT, TO, INDEX
+                        table, factor, settings, begin, rows, slab, n, r, KIND, STEPS, ELEMENT, TO, INDEX
                     )
                 new = product(d, load_slab(at + R * R, first, r, R, SLAB, TO), PRECISION, TO)
                 if KIND == _POLAR:
@@ -135,4 +139,4 @@ def update_kernel(
                     new += product(y, load_slab(at, first, r, R, SLAB, TO), PRECISION, TO)
                     new = scale * ys + (scale * ds + new)
                 tl.debug_barrier()  # a row's every column is read before one of them is written
-                store_tile(table, factor, 1 if KIND == _POLAR else 0, start, rows, slab, n, r, new, ELEMENT, INDEX)
+                store_tile(table, factor, 1 if KIND == _POLAR else 0, begin, rows, slab, n, r, new, ELEMENT, INDEX)

@@ -159,7 +159,7 @@ def stella_adamw_(
     hyperparameters: Tensor,
     skip_nonfinite: bool,
 ) -> Tensor:
-    """The whole step: five launches, six past rank 64; ``info`` stays on the device."""
+    """The whole step: five launches, six past rank 32; ``info`` stays on the device."""
     # Moments of half the width are rounded when stored: the steps that the Gram blocks saw are kept beside them.
     steps = factors[0].dtype in (torch.bfloat16, torch.float16)
     table = table_of([factors, gradients, exp_avgs, exp_avg_sqs], couplings, steps)

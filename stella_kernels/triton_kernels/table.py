@@ -117,8 +117,8 @@ def _build(
             every.append(held[-1].mT[:n])
         for tensor in every:
             row += _fields(tensor)
-            # the furthest element that a tile addresses from its first row, masked ones among them
-            reach = max(reach, abs(tensor.stride(0)) * max(tiles.block, 64) + abs(tensor.stride(1)) * R)
+            # the furthest element that is addressed from a chunk's first row, masked ones among them
+            reach = max(reach, abs(tensor.stride(0)) * tiles.chunk + abs(tensor.stride(1)) * R)
         rows.append(row + [0] * (HEADER + FIELDS * TENSORS - len(row)))
     assert all(len(row) == ROW for row in rows)
     return Table(

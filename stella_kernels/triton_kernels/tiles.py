@@ -129,6 +129,15 @@ def where_of(table, items):
 
 
 @triton.jit
+def rows_from(begin, start, BLOCK: tl.constexpr):
+    """Rows of a tile counted from ``begin``: they change from tile to tile, so that no addresses are kept in between.
+
+    Those of three storages of every tensor, loop-invariant, would fill the registers.
+    """
+    return tl.multiple_of((start - begin).to(tl.int32), BLOCK) + tl.arange(0, BLOCK)
+
+
+@triton.jit
 def load_square(base, r, R: tl.constexpr, TO: tl.constexpr):
     """An (r, r) matrix of leading dimension R, zero outside."""
     i = tl.arange(0, R)
