@@ -1,7 +1,7 @@
-"""``python -m bench``: the polar factor at real models' shapes, and the whole optimizer step of a Llama-3-8B.
+"""``python -m bench``: the polar factor at real models' shapes, the optimizer step of a Llama-3-8B, and the adapter.
 
-``python -m bench polar`` or ``step`` runs one of the two. Tables on the terminal, JSON and plots in ``--output``;
-exits with 1 where a promise was missed.
+``python -m bench polar``, ``step`` or ``adapter`` runs one of the three. Tables on the terminal, JSON and plots in
+``--output``; exits with 1 where a promise was missed.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from bench import polar, retract, step, step_memory
+from bench import adapter, adapter_model, polar, retract, step, step_memory
 from bench.plot import save_polar_plot, save_step_plot
 from bench.shapes import LLAMA_3_8B, MODELS, RANKS, cases
 from bench.timing import Machine, measure_machine
 
 
-def _write(path: Path, machine: Machine, **rows: Iterable[object]) -> None:
+def _write(path: Path, machine: Machine, **rows: object) -> None:
     record = {
         "torch": str(torch.__version__),
         "platform": platform.platform(),
@@ -85,14 +85,34 @@ def _step(ranks: tuple[int, ...], seconds: float, machine: Machine, output: Path
     return _judge((*step.verdicts(steps), *retract.verdicts(retractions)))
 
 
+def _adapter(full: bool, seconds: float, machine: Machine, output: Path, memory: bool) -> bool:
+    print(f"\nOne linear layer and its adapter, forward and backward.\n{adapter.FORMULA}\n{adapter.HEADER}", flush=True)
+    rows = []
+    for case in adapter.cases(full):
+        rows.append(adapter.measure(case, seconds))
+        print(adapter.table_row(rows[-1]), flush=True)
+    print(f"\n{adapter_model.TITLE}\n{adapter_model.HEADER}", flush=True)
+    steps = []
+    for dropout in adapter_model.DROPOUTS:
+        steps.append(adapter_model.measure(dropout, seconds, memory))
+        print(adapter_model.table_row(steps[-1]), flush=True)
+    _write(
+        output / "adapter.json", machine, layer=[row.as_dict() for row in rows], model=[row.as_dict() for row in steps]
+    )
+    return _judge((*adapter.verdicts(rows), *adapter_model.verdicts(steps)))
+
+
 def main() -> int:
     """Print the tables, write JSON and plots; 1 where a promise was missed."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("what", nargs="?", choices=("all", "polar", "step"), default="all")
+    parser.add_argument("what", nargs="?", choices=("all", "polar", "step", "adapter"), default="all")
     parser.add_argument("--output", type=Path, default=Path("bench/results"), help="folder of the JSON and the plots")
     parser.add_argument("--ranks", type=int, nargs="+", choices=RANKS, default=list(RANKS))
-    parser.add_argument("--seconds", type=float, help="about how long a row is timed (default: 2.5 polar, 8 step)")
+    parser.add_argument(
+        "--seconds", type=float, help="about how long a row is timed (default: 2.5 polar, 8 step and adapter)"
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory of a step (a minute)")
+    parser.add_argument("--full", action="store_true", help="every case of the adapter, which takes an hour and more")
     arguments = parser.parse_args()
 
     machine = measure_machine()
@@ -106,6 +126,8 @@ def main() -> int:
     if arguments.what in ("all", "step"):
         memory = not arguments.no_memory and step_memory.AVAILABLE
         every &= _step(ranks, arguments.seconds or 8.0, machine, arguments.output, memory)
+    if arguments.what in ("all", "adapter"):
+        every &= _adapter(arguments.full, arguments.seconds or 8.0, machine, arguments.output, not arguments.no_memory)
     print(f"the machine at the end: {measure_machine()}")
     return int(not every)
 
