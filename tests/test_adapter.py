@@ -532,13 +532,15 @@ def opcheck_cases() -> list[tuple[object, tuple[object, ...]]]:
         (KERNELS.philox_dropout.default, (x, 0.3, seed)),
         (forward, (y, x, U, S, Vt, 0.5, 0.0, None)),
         (forward, (y, x, U, D, Vt, 0.5, 0.3, seed)),
+        (KERNELS.adapter_product.default, (x, None, U, S, Vt, 0.5, 0.3, seed)),
+        (KERNELS.adapter_product.default, (x, y[0], U, D, Vt, 0.5, 0.0, None)),
         (backward, (grad_x, 1.0, y, x, A, U, S, Vt, 0.5, 0.3, seed, [True, True, True])),
         (backward, (grad_x, 0.0, y, x, A, U, D, Vt, 0.5, 0.0, None, [False, True, False])),
         (backward, (None, 0.0, y, x, A, U, D, Vt, 0.5, 0.0, None, [True, False, True])),
     ]
 
 
-@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("index", range(8))
 def test_opcheck(index: int) -> None:
     operator, arguments = opcheck_cases()[index]
     torch.library.opcheck(operator, arguments)
