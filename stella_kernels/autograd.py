@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops as _ops  # noqa: F401  (defines the operators)
+from .base_product import accumulate_product
 
 _kernels = torch.ops.stella_kernels
 
@@ -93,7 +94,7 @@ class StellaLinearFunction(torch.autograd.Function):
     ) -> Tensor:
         if _adapter_goes_first(x, W):
             y, A = _kernels.adapter_product(x, b, U, S, Vt, scale, p, seed)  # (T, m), (T, r)
-            y.addmm_(x, W.mT)
+            accumulate_product(y, x, W.mT)
         else:
             y = F.linear(x, W, b)  # (T, m), in autocast's dtype inside autocast
             A = _kernels.adapter_forward_(y, x, U, S, Vt, scale, p, seed)  # (T, r)
@@ -116,7 +117,7 @@ class StellaLinearFunction(torch.autograd.Function):
         saved = (x, A, U, S, Vt, seed)
         factors = _adapter_gradients(ctx, grad_x, 0.0 if first else 1.0, grad_y, saved, need_factors)
         if grad_x is not None and first:
-            grad_x.addmm_(grad_y, W)
+            accumulate_product(grad_x, grad_y, W)
         if grad_x is not None:
             grad_x = grad_x.to(x.dtype)
         return grad_x, grad_W, grad_b, *factors, None, None, None, None

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stella_kernels import StellaLinear, backends, stella_linear
+from stella_kernels import StellaLinear, backends, base_product, stella_linear
 from stella_kernels.functional import join_adapters, stella_adapter
 from stella_kernels.reference import adapter, philox
 
@@ -165,3 +165,22 @@ def test_an_adapter_of_nothing_leaves_the_base_as_it_is(bias: bool, dtype: torch
     # the library may order its sums differently where it accumulates: 96 terms in float32, one rounding to storage
     bound = 96 * torch.finfo(torch.float32).eps + (torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0.0)
     assert difference <= bound * base(x).double().norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("library", [False, True])
+def test_base_product_in_half_precision(
+    dtype: torch.dtype, transposed: bool, library: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks and what is left over of them, whichever way this machine would take."""
+    monkeypatch.setattr(base_product, "_library_computes_in", lambda dtype: library)
+    monkeypatch.setattr(base_product, "_BLOCK", 50)
+    T, k, n = 120, 90, 70
+    left, out = torch.randn(T, k).to(dtype), torch.randn(T, n).to(dtype)
+    right = (torch.randn(n, k).mT if transposed else torch.randn(k, n)).to(dtype)
+    exact = out.double() + left.double() @ right.double()
+    base_product.accumulate_product(out, left, right)
+    # one rounding to storage, two where the library rounds the product first; sums of 91 terms in float32
+    bound = 2 * torch.finfo(dtype).eps / 2 + 91 * torch.finfo(torch.float32).eps
+    assert float((out.double() - exact).norm()) <= bound * float(exact.norm())

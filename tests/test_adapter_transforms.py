@@ -147,8 +147,8 @@ def test_autocast_returns_what_lora_returns(opaque: bool) -> None:
 
 
 def test_bfloat16_activations_make_no_float32_copy() -> None:
-    """With float32 factors beside a bfloat16 model, nothing of the input's size in float32 is made or kept."""
-    T, n, m = 512, 256, 128
+    """With float32 factors beside a bfloat16 model, nothing in float32 grows with the number of rows past a block."""
+    T, n, m = 4096, 64, 48
     layer = StellaLinear(nn.Linear(n, m, dtype=torch.bfloat16), r=4, dropout=0.1).train()
     x = torch.randn(T, n).bfloat16().requires_grad_()
     shapes: list[tuple[torch.dtype, int]] = []
@@ -165,7 +165,7 @@ def test_bfloat16_activations_make_no_float32_copy() -> None:
         y = layer(x)
         grads = torch.autograd.grad(y, [x, layer.U, layer.S, layer.Vt], torch.ones_like(y))
     assert [g.dtype for g in grads] == [torch.bfloat16] + [torch.float32] * 3
-    assert max(size for dtype, size in shapes if dtype == torch.float32) < T * m
+    assert max(size for dtype, size in shapes if dtype == torch.float32) <= 1024 * n
     assert max(size for _, size in shapes) == T * n  # the input gradient itself
 
 
