@@ -57,7 +57,7 @@ def tiles_for(R: int, dtype: torch.dtype) -> Tiles:
     chunk = min(8192, max(1024, 64 * R))
     block = {16: 32, 32: 16, 64: 16, 128: 16}[R]
     few = R <= 32
-    return Tiles(block, chunk, R if few else 32, min(R, 32), 16, 16, 4 if few else 8, 4 if R == 16 else 8, few)
+    return Tiles(block, chunk, R if few else 32, min(R, 32), 16, 16, 4 if few else 8, 8, few)
 
 
 PRECISIONS = ("tf32x3", "ieee", "tf32")

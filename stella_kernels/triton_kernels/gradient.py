@@ -11,7 +11,7 @@ from .tiles import (
     MOVE,
     ROW,
     add_apart,
-    load_square,
+    load_slab,
     load_tile,
     product,
     rows_from,
@@ -125,6 +125,7 @@ def subtract_kernel(
     INDEX: tl.constexpr,
     SNAPSHOTS: tl.constexpr,
     R: tl.constexpr,
+    SLAB: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -134,13 +135,15 @@ def subtract_kernel(
     if tl.load(refused) == 0:
         moves = tl.load(state + factor) == _MOVE
         columns = tl.arange(0, R)
-        K = load_square(couplings + factor * (R * R), r, R, TO)
         for start in range(begin, tl.minimum(begin + CHUNK, n), BLOCK):
             rows = rows_from(begin, start, BLOCK)
             y = load_tile(table, factor, 1, begin, rows, columns, n, r, ELEMENT, TO, INDEX)  # (BLOCK, R)
             if SNAPSHOTS:
                 store_tile(table, factor, 2, begin, rows, columns, n, r, y, ELEMENT, INDEX)
             if moves:
-                g = load_tile(table, factor, 0, begin, rows, columns, n, r, ELEMENT, TO, INDEX)  # (BLOCK, R)
-                g -= product(y, K, PRECISION, TO)
-                store_tile(table, factor, 0, begin, rows, columns, n, r, g, ELEMENT, INDEX)
+                for first in range(0, R, SLAB):
+                    slab = first + tl.arange(0, SLAB)
+                    K = load_slab(couplings + factor * (R * R), first, r, R, SLAB, TO)
+                    g = load_tile(table, factor, 0, begin, rows, slab, n, r, ELEMENT, TO, INDEX)  # (BLOCK, SLAB)
+                    g -= product(y, K, PRECISION, TO)
+                    store_tile(table, factor, 0, begin, rows, slab, n, r, g, ELEMENT, INDEX)

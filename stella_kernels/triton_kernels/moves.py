@@ -40,22 +40,23 @@ def adamw_delta(m, v, rate, correction, eps):
 @triton.jit
 def load_move(
     table, factor, settings, start, rows, columns, n, r, KIND: tl.constexpr, STEPS: tl.constexpr,
-    ELEMENT: tl.constexpr, TO: tl.constexpr, INDEX: tl.constexpr
+    ELEMENT: tl.constexpr, TO: tl.constexpr, INDEX: tl.constexpr, WIDE: tl.constexpr = True
 ):  # fmt: skip
     """Y and Δ at (start + rows, columns); of POLAR, M twice."""
-    y = load_tile(table, factor, 1 if KIND == _RETRACT else 0, start, rows, columns, n, r, ELEMENT, TO, INDEX)
+    y = load_tile(table, factor, 1 if KIND == _RETRACT else 0, start, rows, columns, n, r, ELEMENT, TO, INDEX, WIDE)
     if KIND == _RETRACT:
-        moved = load_tile(table, factor, 0, start, rows, columns, n, r, ELEMENT, TO, INDEX)
+        moved = load_tile(table, factor, 0, start, rows, columns, n, r, ELEMENT, TO, INDEX, WIDE)
         delta = (moved - y) * (1.0 / tl.load(settings + factor * _SETTINGS + 5)).to(TO)
     elif KIND == _ADAMW and STEPS:
-        delta = load_tile(table, factor, 4, start, rows, columns, n, r, tl.float32, TO, INDEX)
+        delta = load_tile(table, factor, 4, start, rows, columns, n, r, tl.float32, TO, INDEX, WIDE)
     elif KIND == _ADAMW:
-        rate, correction, eps = rate_and_correction(settings, factor, TO)
-        m = load_tile(table, factor, 2, start, rows, columns, n, r, ELEMENT, TO, INDEX)
-        v = load_tile(table, factor, 3, start, rows, columns, n, r, ELEMENT, TO, INDEX)
+        OWN: tl.constexpr = tl.float64 if ELEMENT.primitive_bitwidth == 64 else tl.float32  # the step that was taken
+        rate, correction, eps = rate_and_correction(settings, factor, OWN)
+        m = load_tile(table, factor, 2, start, rows, columns, n, r, ELEMENT, OWN, INDEX, WIDE)
+        v = load_tile(table, factor, 3, start, rows, columns, n, r, ELEMENT, OWN, INDEX, WIDE)
         delta = adamw_delta(m, v, rate, correction, eps)
         inside = (start + rows < n)[:, None] & (columns < r)[None, :]
-        delta = tl.where(inside, delta, 0.0)  # eps may be 0
+        delta = tl.where(inside, delta, 0.0).to(TO)  # eps may be 0
     else:
         delta = y
     return y, delta
@@ -63,11 +64,13 @@ def load_move(
 
 @triton.jit
 def advance(
-    table, factor, settings, K, start, rows, columns, n, r, STEPS: tl.constexpr, ELEMENT: tl.constexpr,
+    table, factor, settings, y, K, start, rows, columns, n, r, STEPS: tl.constexpr, ELEMENT: tl.constexpr,
     TO: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr
 ):  # fmt: skip
-    """Take the moments of a tile of rows one step on, with g = sign (∇ − Y K); returns Y and Δ."""
-    y = load_tile(table, factor, 0, start, rows, columns, n, r, ELEMENT, TO, INDEX)  # (BLOCK, R)
+    """Take the moments of a tile one step on, with g = sign (∇ − Y K); returns Δ.
+
+    ``y`` has every column of the rows, and K those of the tile.
+    """
     g = load_tile(table, factor, 1, start, rows, columns, n, r, ELEMENT, TO, INDEX)
     row = settings + factor * _SETTINGS
     beta1, beta2 = tl.load(row + 1), tl.load(row + 2)
@@ -84,4 +87,4 @@ def advance(
     delta = tl.where(inside, adamw_delta(m, v, rate, correction, eps), 0.0)
     if STEPS:
         store_tile(table, factor, 4, start, rows, columns, n, r, delta, tl.float32, INDEX)
-    return y, delta
+    return delta

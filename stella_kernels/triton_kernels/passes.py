@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .moves import ADAMW, POLAR, advance, load_move
-from .tiles import MOVE, add_apart, load_square, product, rows_from, store_tile, where_of
+from .tiles import MOVE, add_apart, load_slab, load_tile, product, rows_from, store_tile, where_of
 
 _ADAMW = tl.constexpr(ADAMW)
 _POLAR = tl.constexpr(POLAR)
@@ -55,14 +55,16 @@ def gram_kernel(
         C = tl.zeros((R, SLAB), dtype=TO)
         A = tl.zeros((R, SLAB), dtype=TO)
         D = tl.zeros((R, SLAB), dtype=TO)
-        if ADVANCE:
-            K = load_square(couplings + factor * (R * R), r, R, TO)
+        at = couplings + factor * (R * R)
         for start in range(begin, tl.minimum(begin + CHUNK, n), BLOCK):
             rows = rows_from(begin, start, BLOCK)
             if ADVANCE:
-                y, d = advance(
-                    table, factor, settings, K, begin, rows, columns, n, r, STEPS, ELEMENT, TO, PRECISION, INDEX
-                )
+                y = load_tile(table, factor, 0, begin, rows, columns, n, r, ELEMENT, TO, INDEX)
+                for part in range(0, R, SLAB):
+                    d = advance(
+                        *(table, factor, settings, y, load_slab(at, part, r, R, SLAB, TO), begin, rows),
+                        *(part + tl.arange(0, SLAB), n, r, STEPS, ELEMENT, TO, PRECISION, INDEX),
+                    )
             else:
                 y, d = load_move(table, factor, settings, begin, rows, columns, n, r, KIND, STEPS, ELEMENT, TO, INDEX)
             if GRAM:
@@ -86,13 +88,6 @@ def gram_kernel(
             if KIND != _POLAR:
                 tl.store(at + R * R, A, mask=mask)
                 tl.store(at + 2 * R * R, D, mask=mask)
-
-
-@triton.jit
-def load_slab(base, first, r, R: tl.constexpr, SLAB: tl.constexpr, TO: tl.constexpr):
-    """Columns [first, first + SLAB) of an (r, r) matrix of leading dimension R, zero outside."""
-    i, j = tl.arange(0, R), first + tl.arange(0, SLAB)
-    return tl.load(base + i[:, None] * R + j[None, :], mask=(i < r)[:, None] & (j < r)[None, :], other=0.0).to(TO)
 
 
 @triton.jit
@@ -124,7 +119,7 @@ def update_kernel(
         for start in range(begin, tl.minimum(begin + CHUNK, n), BLOCK):
             rows = rows_from(begin, start, BLOCK)
             y, d = load_move(table, factor, settings, begin, rows, columns, n, r, KIND, STEPS, ELEMENT, TO, INDEX)
-            for first in tl.static_range(0, R, SLAB):
+            for first in range(0, R, SLAB):
                 slab = first + tl.arange(0, SLAB)
                 if SLAB == R:
                     ys, ds = y, d

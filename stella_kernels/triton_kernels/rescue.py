@@ -36,7 +36,9 @@ def combined_tile(
     rows = tl.arange(0, ROWS)
     for k in range(0, r, T):
         columns = k + tl.arange(0, T)
-        y, d = load_move(table, factor, settings, start, rows, columns, n, r, KIND, STEPS, ELEMENT, tl.float64, INDEX)
+        y, d = load_move(
+            table, factor, settings, start, rows, columns, n, r, KIND, STEPS, ELEMENT, tl.float64, INDEX, False
+        )
         total += product(d, block(W + R * R, k, first, R, 1, r, T), "ieee", tl.float64)
         if KIND != _POLAR:
             total += product(y, block(W, k, first, R, 1, r, T), "ieee", tl.float64)
@@ -92,7 +94,7 @@ def rescue(
         for k in range(0, r, T):
             columns = k + tl.arange(0, T)
             y, d = load_move(
-                table, factor, settings, start, rows, columns, n, r, KIND, STEPS, ELEMENT, tl.float64, INDEX
+                table, factor, settings, start, rows, columns, n, r, KIND, STEPS, ELEMENT, tl.float64, INDEX, False
             )
             largest = tl.maximum(largest, tl.abs(d))
             tainted += d * 0.0 + y * 0.0
@@ -113,11 +115,11 @@ def rescue(
                     for start in range(0, n, ROWS):
                         y, _unused = load_move(
                             table, factor, settings, start, rows, i + tl.arange(0, T), n, r, KIND, STEPS, ELEMENT,
-                            tl.float64, INDEX
+                            tl.float64, INDEX, False
                         )  # fmt: skip
                         _unused, d = load_move(
                             table, factor, settings, start, rows, j + tl.arange(0, T), n, r, KIND, STEPS, ELEMENT,
-                            tl.float64, INDEX
+                            tl.float64, INDEX, False
                         )  # fmt: skip
                         total += product(tl.trans(y), d * scale, "ieee", tl.float64)
                     store_block(G, i, j, total, r, R, T)
@@ -181,10 +183,12 @@ def write_combined(
             part = k + tl.arange(0, T)
             mask = (part < r)[:, None] & (columns < r)[None, :]
             at = part[:, None] * R + columns[None, :]
-            y, d = load_move(table, factor, settings, start, rows, part, n, r, KIND, STEPS, ELEMENT, tl.float64, INDEX)
+            y, d = load_move(
+                table, factor, settings, start, rows, part, n, r, KIND, STEPS, ELEMENT, tl.float64, INDEX, False
+            )
             total += product(d, tl.load(W + R * R + at, mask=mask, other=0.0), "ieee", tl.float64)
             if KIND != _POLAR:
                 total += product(y, tl.load(W + at, mask=mask, other=0.0), "ieee", tl.float64)
         tl.debug_barrier()
-        store_tile(table, factor, OUT, start, rows, columns, n, r, total, ELEMENT, INDEX)
+        store_tile(table, factor, OUT, start, rows, columns, n, r, total, ELEMENT, INDEX, False)
         tl.debug_barrier()

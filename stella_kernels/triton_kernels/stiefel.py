@@ -120,6 +120,7 @@ def riemannian_gradient_(gradients: list[Tensor], factors: list[Tensor], snapsho
         subtract_kernel[(table.count,)](
             *(table.items, table.rows, couplings, state, refused),
             SNAPSHOTS=bool(snapshots),
+            SLAB=table.tiles.slab,
             **_common(table, gradient=True),
         )
     return info

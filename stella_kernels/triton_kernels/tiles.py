@@ -43,10 +43,12 @@ def load_tile(
     ELEMENT: tl.constexpr,
     TO: tl.constexpr,
     INDEX: tl.constexpr,
+    WIDE: tl.constexpr = True,
 ):
     """Elements (start + rows, columns) of a factor's tensor, zero outside (n, r), widened to the arithmetic's dtype.
 
     Offsets from the tile's first row are of dtype INDEX: int32 where they fit, which halves the registers they take.
+    Without WIDE every storage is read an element at a time: a third of the code, for where speed is not the point.
     """
     field = table + factor * _ROW + _HEADER + tensor * _FIELDS
     row_stride = tl.load(field + 1)
@@ -56,11 +58,11 @@ def load_tile(
     storage = tl.load(field + 3)
     left = tl.minimum(n - start, 1 << 30).to(tl.int32)
     WIDTH: tl.constexpr = 128 // ELEMENT.primitive_bitwidth
-    if storage == _WIDE_ROWS:  # elements of a row side by side
+    if WIDE and storage == _WIDE_ROWS:  # elements of a row side by side
         mask = (rows < left)[:, None] & (columns < tl.multiple_of(r, WIDTH))[None, :]
         offsets = (rows * tl.multiple_of(row_step, WIDTH))[:, None] + columns[None, :]
         tile = tl.load(tl.multiple_of(base, 16) + offsets, mask=mask, other=0.0)
-    elif storage == _WIDE_COLUMNS:  # elements of a column side by side
+    elif WIDE and storage == _WIDE_COLUMNS:  # elements of a column side by side
         mask = (rows < tl.multiple_of(left, WIDTH))[:, None] & (columns < r)[None, :]
         offsets = rows[:, None] + (columns * tl.multiple_of(column_step, WIDTH))[None, :]
         tile = tl.load(tl.multiple_of(base, 16) + offsets, mask=mask, other=0.0)
@@ -73,7 +75,18 @@ def load_tile(
 
 @triton.jit
 def store_tile(
-    table, factor, tensor: tl.constexpr, start, rows, columns, n, r, value, ELEMENT: tl.constexpr, INDEX: tl.constexpr
+    table,
+    factor,
+    tensor: tl.constexpr,
+    start,
+    rows,
+    columns,
+    n,
+    r,
+    value,
+    ELEMENT: tl.constexpr,
+    INDEX: tl.constexpr,
+    WIDE: tl.constexpr = True,
 ):
     """The counterpart of :func:`load_tile`; stores nothing outside (n, r)."""
     field = table + factor * _ROW + _HEADER + tensor * _FIELDS
@@ -87,11 +100,11 @@ def store_tile(
     if ELEMENT.primitive_bitwidth == 16:
         value = value.to(tl.float32)  # no target narrows float64 to 16 bits in one step
     narrow = value.to(ELEMENT)
-    if storage == _WIDE_ROWS:
+    if WIDE and storage == _WIDE_ROWS:
         mask = (rows < left)[:, None] & (columns < tl.multiple_of(r, WIDTH))[None, :]
         offsets = (rows * tl.multiple_of(row_step, WIDTH))[:, None] + columns[None, :]
         tl.store(tl.multiple_of(base, 16) + offsets, narrow, mask=mask)
-    elif storage == _WIDE_COLUMNS:
+    elif WIDE and storage == _WIDE_COLUMNS:
         mask = (rows < tl.multiple_of(left, WIDTH))[:, None] & (columns < r)[None, :]
         offsets = rows[:, None] + (columns * tl.multiple_of(column_step, WIDTH))[None, :]
         tl.store(tl.multiple_of(base, 16) + offsets, narrow, mask=mask)
@@ -143,6 +156,13 @@ def load_square(base, r, R: tl.constexpr, TO: tl.constexpr):
     i = tl.arange(0, R)
     mask = (i < r)[:, None] & (i < r)[None, :]
     return tl.load(base + i[:, None] * R + i[None, :], mask=mask, other=0.0).to(TO)
+
+
+@triton.jit
+def load_slab(base, first, r, R: tl.constexpr, SLAB: tl.constexpr, TO: tl.constexpr):
+    """Columns [first, first + SLAB) of an (r, r) matrix of leading dimension R, zero outside."""
+    i, j = tl.arange(0, R), first + tl.arange(0, SLAB)
+    return tl.load(base + i[:, None] * R + j[None, :], mask=(i < r)[:, None] & (j < r)[None, :], other=0.0).to(TO)
 
 
 @triton.jit

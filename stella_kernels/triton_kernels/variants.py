@@ -71,7 +71,7 @@ def stiefel_variants(R: int, dtype: torch.dtype = torch.float32, backend: str = 
 
     yield variant("coupling", coupling_kernel, {"GRADIENT": 0, "FACTOR": 1})
     yield variant("coupling sum", coupling_sum_kernel, {"ITEMS": tiles.items}, products=False, wide=False)
-    yield variant("subtract", subtract_kernel, {"SNAPSHOTS": True})
+    yield variant("subtract", subtract_kernel, {"SNAPSHOTS": True, "SLAB": tiles.slab})
     for name, KIND in (("polar", POLAR), ("retract", RETRACT), ("adamw", ADAMW)):
         kind = {"KIND": KIND, "STEPS": steps and KIND == ADAMW, "SLAB": tiles.slab}
         advance = KIND == ADAMW

@@ -1,0 +1,170 @@
+"""The Triton kernels: the table of cases in the interpreter, what they compile to, what their operators refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parent.parent
+SHARDS = 2
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> list[dict[str, Any]]:
+    """Every case that tests/triton_cases.py runs, in processes beside each other."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.triton_cases", str(shard), str(SHARDS)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for shard in range(SHARDS)
+    ]
+    lines: list[dict[str, Any]] = []
+    for process in processes:
+        out, errors = process.communicate(timeout=1800)
+        assert process.returncode == 0, errors[-4000:]
+        lines += [json.loads(line) for line in out.splitlines()]
+    return lines
+
+
+@pytest.mark.slow
+def test_table_of_cases_in_the_interpreter(interpreted: list[dict[str, Any]]) -> None:
+    missed = [line for line in interpreted if not line["error"] <= line["tolerance"]]  # NaN does not pass
+    assert not missed, "\n".join(
+        f"{line['case']}: {line['what']}: error {line['error']:.2e}, tolerance {line['tolerance']:.2e}"
+        for line in missed
+    )
+    names = [line["case"] for line in interpreted]
+    for operator in ("polar", "riemannian_gradient_", "project_retract_", "stella_adamw_"):
+        ran = [name for name in names if name.startswith(f"{operator}-")]
+        assert len(ran) >= 15, operator
+        for dtype in ("float32", "float64", "bfloat16", "float16"):
+            assert any(dtype in name for name in ran), (operator, dtype)
+
+
+def run(code: str, **environment: str) -> str:
+    """What a Python of its own prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_importing_the_package_does_not_import_triton() -> None:
+    assert run("import sys, stella_kernels; print('triton' in sys.modules)").strip() == "False"
+
+
+def test_without_triton_the_reference_serves() -> None:
+    code = (
+        "import sys, importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'triton' else find(name, *rest)\n"
+        "from stella_kernels import backends, triton_backend\n"
+        "print(triton_backend.why_not(), backends.serving('polar', 'cuda'))"
+    )
+    assert run(code).strip() == "Triton is not installed; pip install triton reference"
+
+
+def test_asked_for_without_a_gpu_is_an_error() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = subprocess.run(
+        [sys.executable, "-c", "import stella_kernels"],
+        cwd=ROOT, env=os.environ | {"STELLA_KERNELS_BACKEND": "triton"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "STELLA_KERNELS_BACKEND=triton: there is no GPU that torch can use" in done.stderr
+
+
+LAUNCHES = """
+import os
+os.environ["TRITON_INTERPRET"] = "1"
+import torch
+from triton.runtime import interpreter
+from stella_kernels.triton_kernels.operators import OPERATORS
+
+launched = []
+call = interpreter.GridExecutor.__call__
+def counted(self, *arguments, **named):
+    launched.append(self.fn.__name__)
+    return call(self, *arguments, **named)
+interpreter.GridExecutor.__call__ = counted
+
+def step(shapes):
+    Y = [torch.linalg.qr(torch.randn(n, r)).Q for n, r in shapes]
+    G = [torch.randn_like(y) for y in Y]
+    m, v = [torch.zeros_like(y) for y in Y], [torch.zeros_like(y) for y in Y]
+    rows = torch.tensor([[1e-3, 0.9, 0.999, 1e-8, 1.0, 1.0, 1.0]] * len(Y), dtype=torch.float64)
+    counts = []
+    for name, arguments in (
+        ("stella_adamw_", (Y, G, m, v, [Y[0].new_empty(0)] * len(Y), rows, False)),
+        ("riemannian_gradient_", (G, Y, [])),
+        ("project_retract_", ([y + 0.01 for y in Y], Y, [1.0] * len(Y), "auto")),
+    ):
+        launched.clear()
+        OPERATORS[name](*arguments)
+        counts.append(len(launched))
+    return counts
+
+print(step([(20, 3)]), step([(20, 3), (40, 7), (33, 1), (90, 16)]), step([(70, 33), (20, 3)]))
+"""
+
+
+def test_launches_do_not_grow_with_the_factors() -> None:
+    one, many, large = json.loads("[" + run(LAUNCHES).strip().replace("] [", "], [") + "]")
+    assert one == many == [5, 3, 3]
+    assert large == [6, 3, 3]
+
+
+def test_on_another_device_is_the_same_call() -> None:
+    """What ``verify`` wraps a GPU's operators in: here the copies are on the CPU too."""
+    from stella_kernels import triton_backend
+
+    buffer = torch.randn(9, 4)
+    view, other = buffer[1::2, ::2], buffer[0]
+
+    def call(values: list[torch.Tensor], factor: float) -> torch.Tensor:
+        assert values[0].data_ptr() != view.data_ptr()
+        values[0].mul_(factor)
+        return values[1].clone()
+
+    before = buffer.clone()
+    result = triton_backend.on("cpu", call)([view, other], 2.0)
+    assert torch.equal(result, before[0])
+    before[1::2, ::2] *= 2.0
+    assert torch.equal(buffer, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("R", [16, 32])
+def test_compiled_kernels_keep_the_promises_of_their_defaults(chip: str, R: int) -> None:
+    from stella_kernels.triton_kernels.compile_report import faults
+    from stella_kernels.triton_kernels.compiled import CHIPS, compile_for
+    from stella_kernels.triton_kernels.variants import stiefel_variants
+
+    missed = []
+    for variant in stiefel_variants(R):
+        resources = compile_for(variant, CHIPS[chip])
+        assert 0.0 < resources.occupancy <= 1.0
+        missed += [f"{variant.name}: {fault}" for fault in faults(resources)]
+    assert not missed, "\n".join(missed)

@@ -1,0 +1,110 @@
+"""Run the table of cases on Triton's kernels in its interpreter: ``python -m tests.triton_cases SHARD OF``.
+
+A process of its own, since Triton decides when it is imported whether kernels are compiled or interpreted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+from stella_kernels import triton_backend, verification
+from stella_kernels.case_table import Case, cases
+from stella_kernels.triton_kernels import configuration
+
+MAX_RANK, MAX_ROWS = 128, 1100  # of the cases run here: a tile costs milliseconds
+
+
+def round_to_bfloat16() -> None:
+    """Triton 3.9's interpreter cuts float32 off to bfloat16, where every chip rounds to the nearest."""
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def rounding(self: Any, source: Any, to: Any) -> Any:
+        if source.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
+            value = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.bfloat16)
+            bits = value.view(torch.int16).numpy().view(np.uint16)
+            return interpreter.TensorHandle(bits.reshape(source.data.shape), tl.bfloat16)
+        return cast(self, source, to)
+
+    builder = interpreter.InterpreterBuilder
+    builder.cast_impl = rounding
+    builder.create_fp_trunc = lambda self, source, to: self.cast_impl(source, to)
+
+
+def small_tiles(case: Case) -> Callable[..., configuration.Tiles]:
+    """Tiles and chunks that every factor has several of, the last of them in part: each mask is crossed."""
+    tallest = max((shape[-2] for shape in case.shapes), default=1)
+    block = 16
+    while 6 * block < tallest and block < 1024:
+        block *= 2
+    defaults = configuration.tiles_for
+
+    def tiles(R: int, dtype: torch.dtype) -> configuration.Tiles:
+        part = 16 if R <= 32 else R // 2
+        return replace(
+            defaults(R, dtype), block=block, chunk=2 * block, rows64=block, items=2, small=part, small64=part
+        )
+
+    return tiles
+
+
+def permute_programs() -> None:
+    """Programs run in an order of their own in every launch, as on a GPU: none may lean on another of its launch."""
+    builder = interpreter.InterpreterBuilder
+    set_dimension, set_index = builder.set_grid_dim, builder.set_grid_idx
+    generator = np.random.default_rng(5)
+    order = [0]
+
+    def dimension(self: Any, x: int, y: int, z: int) -> None:
+        order[:] = generator.permutation(x).tolist()
+        set_dimension(self, x, y, z)
+
+    builder.set_grid_dim = dimension
+    builder.set_grid_idx = lambda self, x, y, z: set_index(self, order[x], y, z)
+
+
+def chosen() -> list[Case]:
+    """A draw from the whole table, by name, and most of the quick part of it."""
+    picked = []
+    for case in cases():
+        if case.operator not in triton_backend.OPERATORS or case.method == "svd":
+            continue
+        if max(shape[-1] for shape in case.shapes) > MAX_RANK or max(shape[-2] for shape in case.shapes) > MAX_ROWS:
+            continue
+        draw = zlib.crc32(case.name.encode())
+        long = case.scale > 1.0 or case.kind.startswith(("condition", "rank", "zero", "graded", "scale"))
+        often = 4 if long else 2 if len(case.shapes) > 1 else 1  # float64, repeated: seconds a case
+        if draw % (often if case.quick else 8 * often) == 0 or (case.shapes[0][-1] > 64 and not long):
+            picked.append(case)
+    return picked
+
+
+def main(shard: int, of: int) -> None:
+    """One line of JSON a case: its name, what was compared, error, tolerance."""
+    torch.set_num_threads(1)
+    round_to_bfloat16()
+    permute_programs()
+    operators = triton_backend.operators()
+    own = configuration.tiles_for
+    for case in chosen()[shard::of]:
+        configuration.tiles_for = small_tiles(case)
+        result = verification.check(case, "triton", operators)
+        configuration.tiles_for = own
+        line = {"case": case.name, "what": result.what, "error": result.error, "tolerance": result.tolerance}
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
