@@ -12,6 +12,7 @@ from .tiles import (
     ROW,
     add_apart,
     load_slab,
+    load_square,
     load_tile,
     product,
     rows_from,
@@ -134,6 +135,8 @@ def subtract_kernel(
     begin = tl.multiple_of(begin, CHUNK)
     if tl.load(refused) == 0:
         moves = tl.load(state + factor) == _MOVE
+        if SLAB == R:
+            K = load_square(couplings + factor * (R * R), r, R, TO)
         columns = tl.arange(0, R)
         for start in range(begin, tl.minimum(begin + CHUNK, n), BLOCK):
             rows = rows_from(begin, start, BLOCK)
@@ -141,9 +144,14 @@ def subtract_kernel(
             if SNAPSHOTS:
                 store_tile(table, factor, 2, begin, rows, columns, n, r, y, ELEMENT, INDEX)
             if moves:
-                for first in range(0, R, SLAB):
-                    slab = first + tl.arange(0, SLAB)
-                    K = load_slab(couplings + factor * (R * R), first, r, R, SLAB, TO)
-                    g = load_tile(table, factor, 0, begin, rows, slab, n, r, ELEMENT, TO, INDEX)  # (BLOCK, SLAB)
+                if SLAB == R:
+                    g = load_tile(table, factor, 0, begin, rows, columns, n, r, ELEMENT, TO, INDEX)  # (BLOCK, R)
                     g -= product(y, K, PRECISION, TO)
-                    store_tile(table, factor, 0, begin, rows, slab, n, r, g, ELEMENT, INDEX)
+                    store_tile(table, factor, 0, begin, rows, columns, n, r, g, ELEMENT, INDEX)
+                else:
+                    for first in range(0, R, SLAB):
+                        slab = first + tl.arange(0, SLAB)
+                        Ks = load_slab(couplings + factor * (R * R), first, r, R, SLAB, TO)
+                        g = load_tile(table, factor, 0, begin, rows, slab, n, r, ELEMENT, TO, INDEX)  # (BLOCK, SLAB)
+                        g -= product(y, Ks, PRECISION, TO)
+                        store_tile(table, factor, 0, begin, rows, slab, n, r, g, ELEMENT, INDEX)

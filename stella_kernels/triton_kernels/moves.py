@@ -64,12 +64,12 @@ def load_move(
 
 @triton.jit
 def advance(
-    table, factor, settings, y, K, start, rows, columns, n, r, STEPS: tl.constexpr, ELEMENT: tl.constexpr,
+    table, factor, settings, constants, y, K, start, rows, columns, n, r, STEPS: tl.constexpr, ELEMENT: tl.constexpr,
     TO: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr
 ):  # fmt: skip
     """Take the moments of a tile one step on, with g = sign (∇ − Y K); returns Δ.
 
-    ``y`` has every column of the rows, and K those of the tile.
+    ``y`` has every column of the rows, and K those of the tile; ``constants`` are of :func:`rate_and_correction`.
     """
     g = load_tile(table, factor, 1, start, rows, columns, n, r, ELEMENT, TO, INDEX)
     row = settings + factor * _SETTINGS
@@ -82,9 +82,8 @@ def advance(
     v = beta2.to(TO) * v + (1.0 - beta2).to(TO) * g * g
     store_tile(table, factor, 2, start, rows, columns, n, r, m, ELEMENT, INDEX)
     store_tile(table, factor, 3, start, rows, columns, n, r, v, ELEMENT, INDEX)
-    rate, correction, eps = rate_and_correction(settings, factor, TO)
     inside = (start + rows < n)[:, None] & (columns < r)[None, :]
-    delta = tl.where(inside, adamw_delta(m, v, rate, correction, eps), 0.0)
+    delta = tl.where(inside, adamw_delta(m, v, constants[0], constants[1], constants[2]), 0.0)
     if STEPS:
         store_tile(table, factor, 4, start, rows, columns, n, r, delta, tl.float32, INDEX)
     return delta

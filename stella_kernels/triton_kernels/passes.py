@@ -6,8 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .moves import ADAMW, POLAR, advance, load_move
-from .tiles import MOVE, add_apart, load_slab, load_tile, product, rows_from, store_tile, where_of
+from .moves import ADAMW, POLAR, advance, load_move, rate_and_correction
+from .tiles import MOVE, add_apart, load_slab, load_square, load_tile, product, rows_from, store_tile, where_of
 
 _ADAMW = tl.constexpr(ADAMW)
 _POLAR = tl.constexpr(POLAR)
@@ -56,15 +56,26 @@ def gram_kernel(
         A = tl.zeros((R, SLAB), dtype=TO)
         D = tl.zeros((R, SLAB), dtype=TO)
         at = couplings + factor * (R * R)
+        if ADVANCE:
+            constants = rate_and_correction(settings, factor, TO)
+            if SLAB == R:
+                K = load_square(at, r, R, TO)
         for start in range(begin, tl.minimum(begin + CHUNK, n), BLOCK):
             rows = rows_from(begin, start, BLOCK)
             if ADVANCE:
                 y = load_tile(table, factor, 0, begin, rows, columns, n, r, ELEMENT, TO, INDEX)
-                for part in range(0, R, SLAB):
+                if SLAB == R:
                     d = advance(
-                        *(table, factor, settings, y, load_slab(at, part, r, R, SLAB, TO), begin, rows),
-                        *(part + tl.arange(0, SLAB), n, r, STEPS, ELEMENT, TO, PRECISION, INDEX),
+                        *(table, factor, settings, constants, y, K, begin, rows, columns),
+                        *(n, r, STEPS, ELEMENT, TO, PRECISION, INDEX),
                     )
+                else:
+                    for part in range(0, R, SLAB):
+                        Ks = load_slab(at, part, r, R, SLAB, TO)
+                        advance(
+                            *(table, factor, settings, constants, y, Ks, begin, rows, part + tl.arange(0, SLAB)),
+                            *(n, r, STEPS, ELEMENT, TO, PRECISION, INDEX),
+                        )
             else:
                 y, d = load_move(table, factor, settings, begin, rows, columns, n, r, KIND, STEPS, ELEMENT, TO, INDEX)
             if GRAM:
@@ -116,22 +127,33 @@ def update_kernel(
         columns = tl.arange(0, R)
         scale = tl.load(scales + factor)
         at = coefficients + factor * (2 * R * R)
+        if SLAB == R:
+            F = load_square(at + R * R, r, R, TO)
+            if KIND != _POLAR:
+                W = load_square(at, r, R, TO)
         for start in range(begin, tl.minimum(begin + CHUNK, n), BLOCK):
             rows = rows_from(begin, start, BLOCK)
             y, d = load_move(table, factor, settings, begin, rows, columns, n, r, KIND, STEPS, ELEMENT, TO, INDEX)
-            for first in range(0, R, SLAB):
-                slab = first + tl.arange(0, SLAB)
-                if SLAB == R:
-                    ys, ds = y, d
-                else:  # columns that are not written yet
-                    ys, ds = load_move(
-                        table, factor, settings, begin, rows, slab, n, r, KIND, STEPS, ELEMENT, TO, INDEX
-                    )
-                new = product(d, load_slab(at + R * R, first, r, R, SLAB, TO), PRECISION, TO)
+            if SLAB == R:
+                new = product(d, F, PRECISION, TO)
                 if KIND == _POLAR:
-                    new = (ds + new) * scale
+                    new = (d + new) * scale
                 else:
-                    new += product(y, load_slab(at, first, r, R, SLAB, TO), PRECISION, TO)
-                    new = scale * ys + (scale * ds + new)
+                    new += product(y, W, PRECISION, TO)
+                    new = scale * y + (scale * d + new)
                 tl.debug_barrier()  # a row's every column is read before one of them is written
-                store_tile(table, factor, 1 if KIND == _POLAR else 0, begin, rows, slab, n, r, new, ELEMENT, INDEX)
+                store_tile(table, factor, 1 if KIND == _POLAR else 0, begin, rows, columns, n, r, new, ELEMENT, INDEX)
+            else:
+                for first in range(0, R, SLAB):
+                    slab = first + tl.arange(0, SLAB)  # columns that are not written yet
+                    ys, ds = load_move(
+                        *(table, factor, settings, begin, rows, slab, n, r, KIND, STEPS, ELEMENT, TO, INDEX)
+                    )
+                    new = product(d, load_slab(at + R * R, first, r, R, SLAB, TO), PRECISION, TO)
+                    if KIND == _POLAR:
+                        new = (ds + new) * scale
+                    else:
+                        new += product(y, load_slab(at, first, r, R, SLAB, TO), PRECISION, TO)
+                        new = scale * ys + (scale * ds + new)
+                    tl.debug_barrier()
+                    store_tile(table, factor, 1 if KIND == _POLAR else 0, begin, rows, slab, n, r, new, ELEMENT, INDEX)
