@@ -94,7 +94,8 @@ void step_pass(const AdamwJob& job, Panels<T>& panels, const double* coupling, T
     if (adamw_by_rows(job)) return step_of_rows(job, panels.begin, panels.end, negative, steps, gram);
   T* blocked = s.coefficients.reserve<T>(r * out_rows);
   block_coefficients(negative, r, r, r, blocked);
-  for (int64_t i = panels.begin; i < panels.end; i += panels.chunk) {
+  // From the last chunk to the first: the cache still holds the end of what the pass before read.
+  for (int64_t i = panels.last(); i >= panels.begin; i -= panels.chunk) {
     T* panel = panels.at(i);
     T* values = panel + r * leading;  // the gradient, then the step: columns past the last one are room for fours
     const int64_t rows = panels.rows(i), padded = panels.padded(i);
@@ -117,6 +118,8 @@ void retract_pass(const AdamwJob& job, const Panels<T>& panels, const T* steps, 
   T* blocked = s.coefficients.reserve<T>(2 * r * out_rows);
   block_coefficients(coefficients, r, 2 * r, r, blocked);
   T* result = s.output.reserve<T>(out_rows * leading);
+  constexpr int64_t part = kCombineVectors * kLanes<T>;
+  Upcoming upcoming(job);
   for (int64_t i = panels.begin; i < panels.end; i += panels.chunk) {
     const int64_t rows = panels.rows(i), padded = panels.padded(i);
     T* panel = panels.slot(i);
@@ -126,7 +129,11 @@ void retract_pass(const AdamwJob& job, const Panels<T>& panels, const T* steps, 
       for (int64_t j = 0; j < r; ++j)
         std::memcpy(panel + (r + j) * leading, kept + j * padded, static_cast<size_t>(padded) * sizeof(T));
     }
-    combine(panel, 2 * r, leading, blocked, r, panel, result, leading, padded);
+    for (int64_t k = 0; k < padded; k += part) {
+      upcoming.fetch(part * r * static_cast<int64_t>(sizeof(T)));
+      combine(panel + k, 2 * r, leading, blocked, r, panel + k, result + k, leading,
+              padded - k < part ? padded - k : part);
+    }
     unpack(result, leading, job.factor, i, rows);
   }
 }

@@ -4,6 +4,7 @@
 
 #include "adamw_moments.h"
 #include "row_kernels.h"
+#include "upcoming.h"
 
 namespace stella::STELLA_ISA {
 namespace {
@@ -55,13 +56,15 @@ void step_of_rows(const AdamwJob& job, int64_t begin, int64_t end, const double*
 
 // Y <- Y + Y (B R - I) + step R; `coefficients` (2r x r) holds B R - I and R.
 void retract_rows(const AdamwJob& job, int64_t begin, int64_t end, const float* steps, const double* coefficients) {
-  const int64_t r = job.factor.r, chunk = chunk_of_rows(r);
+  const int64_t r = job.factor.r, chunk = 24;
   float* blocked = scratch().coefficients.reserve<float>(2 * r * r + chunk * r);
   float* second = block_row_coefficients(coefficients, r, blocked);
   float* copy = block_row_coefficients(coefficients + r * r, r, second);
+  Upcoming upcoming(job);
   for (int64_t i = begin; i < end; i += chunk) {
     const int64_t rows = end - i < chunk ? end - i : chunk;
     float* Y = rows_of(job.factor, i);
+    upcoming.fetch(rows * r * static_cast<int64_t>(sizeof(float)));
     const float* old = Y;
     if (r > 2 * kRowLanes) {  // columns are written before the others are read
       std::memcpy(copy, Y, static_cast<size_t>(rows * r) * sizeof(float));

@@ -55,6 +55,10 @@ struct AdamwJob {
   double divisor;                   // of the step: gradient scaling
   double sign;                      // of the gradient: -1 to maximise
   const double* coupling;           // gradient^T factor (r x r), where it is known without a reduction, or nullptr
+  // What this thread will probably read next, fetched while the update computes: `upcoming_bytes` each.
+  const void* upcoming_factor = nullptr;
+  const void* upcoming_gradient = nullptr;
+  int64_t upcoming_bytes = 0;
 };
 
 // What the kernels do with an (n, r) matrix: shown to people, and used by the kernels themselves.

@@ -71,6 +71,7 @@ struct Panels {
   }
 
   int64_t rows(int64_t i) const { return end - i < chunk ? end - i : chunk; }
+  int64_t last() const { return begin + (end - begin - 1) / chunk * chunk; }
   int64_t padded(int64_t i) const { return round_up(rows(i), kLanes<T>); }
 
   // Where the panel of the chunk that starts at row i lies.

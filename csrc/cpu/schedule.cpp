@@ -160,9 +160,11 @@ std::vector<char> all_finite(const Pool& pool, const std::vector<MatrixView>& ma
     for (int64_t b = 0; b < m.n; b += rows) pieces.push_back({static_cast<int64_t>(i), b, std::min(m.n, b + rows)});
   }
   std::vector<char> finite_piece(pieces.size(), 1);
-  run_queue(pool, static_cast<int64_t>(pieces.size()), [&](int64_t t) {
-    const Piece& p = pieces[t];
-    finite_piece[t] = k.all_finite(matrices[p.matrix], p.begin, p.end);
+  // From the last to the first: what is worked on first afterwards is then still in the last-level cache.
+  const int64_t count = static_cast<int64_t>(pieces.size());
+  run_queue(pool, count, [&](int64_t t) {
+    const Piece& p = pieces[count - 1 - t];
+    finite_piece[count - 1 - t] = k.all_finite(matrices[p.matrix], p.begin, p.end);
   });
   std::vector<char> finite(matrices.size(), 1);
   for (size_t t = 0; t < pieces.size(); ++t)
@@ -198,6 +200,22 @@ std::vector<Outcome> riemannian_gradient(const Pool& pool, const std::vector<Gra
   return outcomes;
 }
 
+namespace {
+
+// Threads take the jobs in turn, so that the one a round later is this thread's.
+void announce(const AdamwJob& next, AdamwJob& job) {
+  const auto gapless = [](const MatrixView& m) {
+    return (m.col_stride == 1 && m.row_stride == m.r) || (m.row_stride == 1 && m.col_stride == m.n);
+  };
+  if (!gapless(next.factor) || !gapless(next.gradient)) return;
+  const int64_t element = next.factor.storage == Storage::float64 ? 8 : next.factor.storage == Storage::float32 ? 4 : 2;
+  job.upcoming_factor = next.factor.data;
+  job.upcoming_gradient = next.gradient.data;
+  job.upcoming_bytes = next.factor.n * next.factor.r * element;
+}
+
+}  // namespace
+
 std::vector<Outcome> adamw(const Pool& pool, const std::vector<AdamwJob>& jobs, bool skip_nonfinite) {
   const IsaKernels& k = kernels();
   std::vector<Outcome> outcomes(jobs.size());
@@ -230,9 +248,13 @@ std::vector<Outcome> adamw(const Pool& pool, const std::vector<AdamwJob>& jobs, 
     else
       k.adamw_fallback(job, steps.get(), &outcomes[i]);
   }
-  run_queue(pool, static_cast<int64_t>(division.whole.size()), [&](int64_t t) {
+  const int64_t whole = static_cast<int64_t>(division.whole.size());
+  run_queue(pool, whole, [&](int64_t t) {
     const int64_t i = division.whole[t];
-    if (finite[i]) k.adamw(jobs[i], &outcomes[i]);
+    if (!finite[i]) return;
+    AdamwJob job = jobs[i];
+    if (t + pool.threads < whole) announce(jobs[division.whole[t + pool.threads]], job);
+    k.adamw(job, &outcomes[i]);
   });
   return outcomes;
 }
