@@ -1,14 +1,17 @@
 """``python -m bench``: the polar factor at real models' shapes, the optimizer step of a Llama-3-8B, and the adapter.
 
-``python -m bench polar``, ``step`` or ``adapter`` runs one of the three. Tables on the terminal, JSON and plots in
-``--output``; exits with 1 where a promise was missed.
+``python -m bench polar``, ``step`` or ``adapter`` runs one of the three; ``python -m bench traffic`` counts what a step
+moves on a GPU, without one. Tables on the terminal, JSON and plots in ``--output``; exits with 1 where a promise was
+missed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -102,10 +105,16 @@ def _adapter(full: bool, seconds: float, machine: Machine, output: Path, memory:
     return _judge((*adapter.verdicts(rows), *adapter_model.verdicts(steps)))
 
 
+def _traffic(ranks: tuple[int, ...], output: Path) -> int:
+    """In a process of its own: Triton decides when it is first imported whether kernels are interpreted."""
+    command = [sys.executable, "-m", "bench.traffic", str(output), *map(str, ranks)]
+    return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode
+
+
 def main() -> int:
     """Print the tables, write JSON and plots; 1 where a promise was missed."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("what", nargs="?", choices=("all", "polar", "step", "adapter"), default="all")
+    parser.add_argument("what", nargs="?", choices=("all", "polar", "step", "adapter", "traffic"), default="all")
     parser.add_argument("--output", type=Path, default=Path("bench/results"), help="folder of the JSON and the plots")
     parser.add_argument("--ranks", type=int, nargs="+", choices=RANKS, default=list(RANKS))
     parser.add_argument(
@@ -115,6 +124,8 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="every case of the adapter, which takes an hour and more")
     arguments = parser.parse_args()
 
+    if arguments.what == "traffic":
+        return _traffic(tuple(arguments.ranks), arguments.output)
     machine = measure_machine()
     print(
         f"torch {torch.__version__}, {machine} (measured here). Medians of interleaved runs, ratios of the same round."

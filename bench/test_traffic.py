@@ -1,0 +1,68 @@
+"""What the traffic benchmark counts is what is moved."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parent.parent
+
+CODE = """
+import json, torch, triton, triton.language as tl
+from bench.traffic import _adamw_arguments, counting
+from stella_kernels.triton_kernels.operators import OPERATORS
+
+@triton.jit
+def copy(source, target, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(target + at, tl.load(source + at, mask=at < n), mask=at < n)
+
+source = torch.randn(37)
+with counting() as copied:
+    copy[(3,)](source, torch.empty(37), 37, BLOCK=16)
+moved = []
+for n in (512, 1024):
+    with counting() as step:
+        OPERATORS["stella_adamw_"](*_adamw_arguments(n, 16, True, False))
+    moved.append([step.bytes, sum(step.launches.values())])
+print(json.dumps([copied.loaded, copied.stored, copied.launches, moved]))
+"""
+
+
+def test_counts_are_the_bytes_that_are_moved() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CODE],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    loaded, stored, launches, moved = json.loads(done.stdout)
+    assert loaded == stored == {"copy": 4 * 37}
+    assert launches == {"copy": 1}
+    # twice the rows: twice 12 words an element, and of tables and Gram matrices at most a tenth of that again
+    (few, some), (many, more) = moved
+    words = (many - few) / (4 * 512 * 16)
+    assert 12.0 <= words <= 13.2
+    assert some == more == 5
+
+
+def test_operations_count_what_they_read_and_write() -> None:
+    from bench.traffic import _Operations
+
+    a, b = torch.randn(8, 4), torch.randn(8, 4)
+    with _Operations() as operations:
+        a.mT.add_(b.mT)  # views move nothing; reads a and b, writes a
+        torch._foreach_mul_([a, b], 2.0)  # reads and writes both
+    assert operations.bytes == {"add_": 3 * 4 * 32, "_foreach_mul_": 4 * 4 * 32}
