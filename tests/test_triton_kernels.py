@@ -156,14 +156,14 @@ def test_on_another_device_is_the_same_call() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100", "sm_120"])
-@pytest.mark.parametrize("R", [16, 32])
-def test_compiled_kernels_keep_the_promises_of_their_defaults(chip: str, R: int) -> None:
+def test_compiled_kernels_keep_the_promises_of_their_defaults(chip: str) -> None:
+    """At the rank of most use; ``compile-report`` does them all, in half an hour."""
     from stella_kernels.triton_kernels.compile_report import faults
     from stella_kernels.triton_kernels.compiled import CHIPS, compile_for
     from stella_kernels.triton_kernels.variants import stiefel_variants
 
     missed = []
-    for variant in stiefel_variants(R):
+    for variant in stiefel_variants(16):
         resources = compile_for(variant, CHIPS[chip])
         assert 0.0 < resources.occupancy <= 1.0
         missed += [f"{variant.name}: {fault}" for fault in faults(resources)]

@@ -99,7 +99,7 @@ def compile_for(variant: Variant, chip: Chip) -> Resources:
     source = ASTSource(
         variant.kernel, signature, variant.constants, attrs={(i,): [["tt.divisibility", 16]] for i in pointers}
     )
-    kernel = triton.compile(source, target=chip.target, options={"num_warps": variant.warps})
+    kernel = triton.compile(source, target=chip.target, options={"num_warps": variant.warps, **variant.options})
     shared = kernel.metadata.shared
 
     def count(pattern: str) -> int:

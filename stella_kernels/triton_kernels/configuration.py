@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ..checks import check_choice
+from .moves import POLAR, RETRACT
 
 MAX_RANK = 128
 PROGRAMS = 132  # of the solve, each with a workspace
@@ -57,7 +58,13 @@ def tiles_for(R: int, dtype: torch.dtype) -> Tiles:
     chunk = min(8192, max(1024, 64 * R))
     block = {16: 32, 32: 16, 64: 16, 128: 16}[R]
     few = R <= 32
-    return Tiles(block, chunk, R if few else 32, min(R, 32), 16, 16, 4 if few else 8, 8, few)
+    return Tiles(block, chunk, R if few else 32, 16 if few else 32, 16, 16, 4 if few else 8, 8, few)
+
+
+def solve_options(backend: str, KIND: int, R: int) -> dict[str, int]:
+    """Left alone, ptxas spills from these solves to fit more of their blocks at once, of which there are few."""
+    greedy = KIND == POLAR or (KIND == RETRACT and R == 32)
+    return {"maxnreg": 255} if backend == "cuda" and greedy else {}
 
 
 PRECISIONS = ("tf32x3", "ieee", "tf32")

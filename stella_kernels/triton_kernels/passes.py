@@ -150,6 +150,7 @@ def update_kernel(
                         *(table, factor, settings, begin, rows, slab, n, r, KIND, STEPS, ELEMENT, TO, INDEX)
                     )
                     new = product(d, load_slab(at + R * R, first, r, R, SLAB, TO), PRECISION, TO)
+                    tl.debug_barrier()  # as in gram_kernel: one product's operands at a time
                     if KIND == _POLAR:
                         new = (ds + new) * scale
                     else:

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configuration import arithmetic, precision, tiles_for
+from .configuration import arithmetic, precision, solve_options, tiles_for
 from .gradient import coupling_kernel, coupling_sum_kernel, subtract_kernel
 from .moves import ADAMW, POLAR, RETRACT
 from .passes import gram_kernel, update_kernel
@@ -31,6 +31,7 @@ class Variant:
     products: bool  # whether it multiplies tiles of factors or activations, so that tensor cores have work
     wide: bool  # whether it streams factors or activations, so that its loads should be wide
     pointers: dict[str, str]
+    options: dict[str, int]
 
     def signature(self) -> dict[str, str]:
         """The types of all arguments, by Triton's names."""
@@ -67,7 +68,8 @@ def stiefel_variants(R: int, dtype: torch.dtype = torch.float32, backend: str = 
         warps = tiles.warps if kernel is not solve_kernel else tiles.solve_warps
         used = {key: value for key, value in (common | constants).items() if key in kernel.arg_names}
         label = f"{name} {str(dtype).removeprefix('torch.')} R={R}"
-        return Variant(label, kernel, used, warps, products, wide, types)
+        options = solve_options(backend, used["KIND"], R) if kernel is solve_kernel else {}
+        return Variant(label, kernel, used, warps, products, wide, types, options)
 
     yield variant("coupling", coupling_kernel, {"GRADIENT": 0, "FACTOR": 1})
     yield variant("coupling sum", coupling_sum_kernel, {"ITEMS": tiles.items}, products=False, wide=False)
