@@ -2,7 +2,7 @@
 #
 #   make demo     fine-tune a real language model with StelLA and see what the native geometry gained
 #   make test     the full test suite
-#   make bench    the retraction and the whole optimizer step against torch's ways, at the factor shapes of real models
+#   make bench    the retraction and the optimizer step against torch's ways, the adapter against LoRA, at real models' shapes
 #   make lint     ruff, mypy, clang-format;   make format   apply what can be applied
 #   make clean    remove the environment and everything built
 

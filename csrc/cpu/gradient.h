@@ -28,7 +28,7 @@ template <typename T>
 void copy_rows(const GradientJob& job, int64_t begin, int64_t rows, const T* panel, int64_t leading) {
   const MatrixView &from = job.factor, &to = job.snapshot;
   if (!to.data) return;
-  const size_t bytes = from.storage == Storage::float64 ? 8 : from.storage == Storage::float32 ? 4 : 2;
+  const size_t bytes = static_cast<size_t>(bytes_of(from.storage));
   const bool alike = from.storage == to.storage && from.row_stride == to.row_stride && from.col_stride == to.col_stride;
   const char* source = static_cast<const char*>(from.data);
   char* target = static_cast<char*>(to.data);

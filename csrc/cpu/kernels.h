@@ -8,6 +8,10 @@ namespace stella {
 
 enum class Storage : int { float32, float64, bfloat16, float16 };
 
+constexpr int64_t bytes_of(Storage storage) {
+  return storage == Storage::float64 ? 8 : storage == Storage::float32 ? 4 : 2;
+}
+
 enum class Method : int { automatic, newton_schulz, svd };
 
 enum class Status : int { ok = 0, non_finite = 1, not_converged = 2 };

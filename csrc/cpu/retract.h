@@ -10,7 +10,7 @@ namespace {
 // The Gram matrix of M = Y B + Delta, B = I - S, S = symm(A), from C = Y^T Y, A = Y^T Delta and D = Delta^T Delta:
 // G = B C B + B A + A^T B + D. For C = I + K that is I + K + D - P - P^T + S K S with the one product
 // P = S (A + K - S/2), small beside I like its factors, so that T's own precision is enough for it; S K S is dropped
-// where it is below the tolerance. G has D's place and D is its input. A and C are overwritten.
+// where it is below the tolerance. G holds D when it comes here; A may be overwritten.
 template <typename T>
 void gram_of_moved(double* C, double* A, double* G, int64_t r, double tolerance) {
   const int64_t leading = square_leading(r), padded = square_leading<T>(r), size = square_size<T>(r);

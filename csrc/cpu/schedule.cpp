@@ -208,10 +208,9 @@ void announce(const AdamwJob& next, AdamwJob& job) {
     return (m.col_stride == 1 && m.row_stride == m.r) || (m.row_stride == 1 && m.col_stride == m.n);
   };
   if (!gapless(next.factor) || !gapless(next.gradient)) return;
-  const int64_t element = next.factor.storage == Storage::float64 ? 8 : next.factor.storage == Storage::float32 ? 4 : 2;
   job.upcoming_factor = next.factor.data;
   job.upcoming_gradient = next.gradient.data;
-  job.upcoming_bytes = next.factor.n * next.factor.r * element;
+  job.upcoming_bytes = next.factor.n * next.factor.r * bytes_of(next.factor.storage);
 }
 
 }  // namespace
