@@ -16,9 +16,10 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
-# The oldest supported PEFT (stella_kernels/peft/registration.py) and what else of its time it needs: the PEFT tests run
-# on it too, from a folder of its own in front of the environment. Empty turns that run off.
-OLDEST_PEFT ?= peft==0.18.0
+# The oldest supported PEFT (stella_kernels/peft/registration.py) and the torchao of its time, names of which it imports
+# wherever a torchao is there: the PEFT tests run on them too, from a folder of their own in front of the environment.
+# Empty turns that run off.
+OLDEST_PEFT ?= peft==0.18.0 torchao==0.14.1
 
 # An explicit mode: a build that cannot be done is an error here, never a silent fallback to the reference.
 export STELLA_KERNELS_BUILD ?= cpu
