@@ -66,7 +66,7 @@ void retract_rows(const AdamwJob& job, int64_t begin, int64_t end, const float* 
     float* Y = rows_of(job.factor, i);
     upcoming.fetch(rows * r * static_cast<int64_t>(sizeof(float)));
     const float* old = Y;
-    if (r > 2 * kRowLanes) {  // columns are written before the others are read
+    if (!is_one_row_tile(r)) {  // columns are written before the others are read
       std::memcpy(copy, Y, static_cast<size_t>(rows * r) * sizeof(float));
       old = copy;
     }

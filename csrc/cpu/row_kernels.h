@@ -1,5 +1,6 @@
 // Float32 matrices whose rows are whole vectors, straight from the rows: nothing is packed, and reading memory overlaps
-// with the arithmetic. Rows go through in chunks that stay in L1 from one product to the next.
+// with the arithmetic. Rows go through in chunks that stay in L1 from one product to the next. The columns of a row are
+// cut into tiles: pairs of the widest vectors, then what is left by vectors of half the width each time.
 #pragma once
 
 #ifdef __SSE2__
@@ -12,12 +13,13 @@
 namespace stella::STELLA_ISA {
 namespace {
 
-constexpr int kRowLanes = kLanes<float>;
+constexpr int kWidest = kLanes<float>;
+constexpr int kNarrowest = 4;
 constexpr int64_t kRowRanks = 64;       // beyond, the coefficients no longer stay in L1 beside the rows
 constexpr int64_t kFloatSumRows = 256;  // rows summed in float32 before the sum goes to float64
 
 bool rows_are_vectors(const MatrixView& view) {
-  return view.storage == Storage::float32 && view.col_stride == 1 && view.r % kRowLanes == 0 && view.r <= kRowRanks;
+  return view.storage == Storage::float32 && view.col_stride == 1 && view.r % kNarrowest == 0 && view.r <= kRowRanks;
 }
 
 // Rows without gaps besides.
@@ -30,23 +32,50 @@ STELLA_INLINE float* rows_of(const MatrixView& view, int64_t i) {
 // Rows of a chunk: half a dozen of them fit in L1.
 STELLA_INLINE int64_t chunk_of_rows(int64_t r) { return r < 16 ? 512 / r : 32; }
 
+template <int lanes_, int vectors_>
+struct RowTile {
+  static constexpr int lanes = lanes_, vectors = vectors_, width = lanes_ * vectors_;
+};
+
+template <int width, typename Body>
+STELLA_INLINE void for_narrower_tiles(int64_t j, int64_t r, Body& body) {
+  if constexpr (width >= kNarrowest) {
+    if (j + width <= r) {
+      body(j, RowTile<width, 1>());
+      j += width;
+    }
+    for_narrower_tiles<width / 2>(j, r, body);
+  }
+}
+
+// body(first column, RowTile) for all tiles of r columns, from the left.
+template <typename Body>
+STELLA_INLINE void for_row_tiles(int64_t r, Body&& body) {
+  int64_t j = 0;
+  for (; j + 2 * kWidest <= r; j += 2 * kWidest) body(j, RowTile<kWidest, 2>());
+  for_narrower_tiles<kWidest>(j, r, body);
+}
+
+bool is_one_row_tile(int64_t r) { return r <= 2 * kWidest && (r & (r - 1)) == 0; }
+
 // ---- Gram blocks ----------------------------------------------------------------------------------------------------
 
-// sums[i, j] += a_i . b_j for `count` columns of a and `vectors` vectors of columns of b.
-template <int count, int vectors>
+// sums[i, j] += a_i . b_j for `count` columns of a and a tile of columns of b.
+template <int count, typename Tile>
 void cross_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows, float* sums,
                 int64_t order) {
-  using V = Vector<float>;
+  using V = typename VectorOf<float, Tile::lanes>::type;
+  constexpr int vectors = Tile::vectors;
   V accumulator[count][vectors];
 #pragma GCC unroll 8
   for (int i = 0; i < count; ++i)
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) accumulator[i][v] = load<V>(sums + i * order + v * kRowLanes);
+    for (int v = 0; v < vectors; ++v) accumulator[i][v] = load<V>(sums + i * order + v * Tile::lanes);
 #pragma GCC unroll 2
   for (int64_t k = 0; k < rows; ++k, a += a_stride, b += b_stride) {
     V right[vectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) right[v] = load<V>(b + v * kRowLanes);
+    for (int v = 0; v < vectors; ++v) right[v] = load<V>(b + v * Tile::lanes);
 #pragma GCC unroll 8
     for (int i = 0; i < count; ++i)
 #pragma GCC unroll 8
@@ -55,21 +84,21 @@ void cross_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stri
 #pragma GCC unroll 8
   for (int i = 0; i < count; ++i)
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) store(sums + i * order + v * kRowLanes, accumulator[i][v]);
+    for (int v = 0; v < vectors; ++v) store(sums + i * order + v * Tile::lanes, accumulator[i][v]);
 }
 
 // sums (r x r, `order` apart) += a^T b over some rows; with `upper`, at least its upper triangle.
 void cross_of_rows(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows, int64_t r,
                    bool upper, float* sums, int64_t order) {
-  constexpr int64_t kPair = 2 * kRowLanes;
-  constexpr int kTall = kRowLanes < 8 ? 4 : 8;
-  int64_t j = 0;
-  for (; j + kPair <= r; j += kPair)
-    for (int64_t i = 0; i < r && (!upper || i < j + kPair); i += 4)
-      cross_tile<4, 2>(a + i, a_stride, b + j, b_stride, rows, sums + i * order + j, order);
-  if (j < r)
-    for (int64_t i = 0; i < r; i += kTall)
-      cross_tile<kTall, 1>(a + i, a_stride, b + j, b_stride, rows, sums + i * order + j, order);
+  for_row_tiles(r, [&](int64_t j, auto tile) {
+    using Tile = decltype(tile);
+    const int64_t last = upper ? j + Tile::width : r;
+    int64_t i = 0;
+    if constexpr (Tile::vectors == 1)
+      for (; i < last && i + 8 <= r; i += 8)
+        cross_tile<8, Tile>(a + i, a_stride, b + j, b_stride, rows, sums + i * order + j, order);
+    for (; i < last; i += 4) cross_tile<4, Tile>(a + i, a_stride, b + j, b_stride, rows, sums + i * order + j, order);
+  });
 }
 
 // Float32 sums of Gram blocks (order x order) on their way to float64 ones.
@@ -103,16 +132,18 @@ class RowSums {
 // ---- Updates --------------------------------------------------------------------------------------------------------
 
 // Stores past the cache, which spares reading the line first; `to` is aligned to the vector.
-STELLA_INLINE void stream(float* to, Vector<float> v) {
-#if defined(__AVX512F__)
-  _mm512_stream_ps(to, reinterpret_cast<__m512>(v));
-#elif defined(__AVX__)
-  _mm256_stream_ps(to, reinterpret_cast<__m256>(v));
-#elif defined(__SSE2__)
-  _mm_stream_ps(to, reinterpret_cast<__m128>(v));
-#else
-  store(to, v);
+template <typename V>
+STELLA_INLINE void stream(float* to, V v) {
+#ifdef __AVX512F__
+  if constexpr (sizeof(V) == 64) return _mm512_stream_ps(to, reinterpret_cast<__m512>(v));
 #endif
+#ifdef __AVX__
+  if constexpr (sizeof(V) == 32) return _mm256_stream_ps(to, reinterpret_cast<__m256>(v));
+#endif
+#ifdef __SSE2__
+  if constexpr (sizeof(V) == 16) return _mm_stream_ps(to, reinterpret_cast<__m128>(v));
+#endif
+  store(to, v);
 }
 
 STELLA_INLINE void stream_fence() {
@@ -121,8 +152,11 @@ STELLA_INLINE void stream_fence() {
 #endif
 }
 
+// Every row starts where the widest of its tiles' vectors may, and the tiles grow no wider along it.
 bool can_stream(const MatrixView& out) {
-  return reinterpret_cast<uintptr_t>(out.data) % STELLA_VECTOR_BYTES == 0 && out.row_stride % kRowLanes == 0;
+  int64_t lanes = kWidest;
+  while (lanes > out.r) lanes /= 2;
+  return reinterpret_cast<uintptr_t>(out.data) % (lanes * sizeof(float)) == 0 && out.row_stride % lanes == 0;
 }
 
 // One term of an update: rows times coefficients (r x r, blocked).
@@ -132,29 +166,28 @@ struct RowTerm {
   const float* coefficients;
 };
 
-// (r x r) row-major float64 coefficients in float32, blocked: two vectors of columns side by side, and one at the end.
+// (r x r) row-major float64 coefficients in float32, a tile of columns after the other.
 float* block_row_coefficients(const double* from, int64_t r, float* to) {
-  for (int64_t j = 0; j < r;) {
-    const int64_t width = j + 2 * kRowLanes <= r ? 2 * kRowLanes : kRowLanes;
+  for_row_tiles(r, [&](int64_t j, auto tile) {
     for (int64_t k = 0; k < r; ++k)
-      for (int64_t c = 0; c < width; ++c) *to++ = static_cast<float>(from[k * r + j + c]);
-    j += width;
-  }
+      for (int64_t c = 0; c < tile.width; ++c) *to++ = static_cast<float>(from[k * r + j + c]);
+  });
   return to;
 }
 
-// `rows` rows of `vectors` vectors, from column j on, of to = base + sum of the terms; base may be nullptr.
-template <int rows, int vectors, int fixed_r, bool streamed>
+// `rows` rows of a tile, from column j on, of to = base + sum of the terms; base may be nullptr.
+template <int rows, typename Tile, int fixed_r, bool streamed>
 STELLA_INLINE void update_tile(const float* base, int64_t base_stride, const RowTerm* terms, int count, int64_t any_r,
                                int64_t j, int64_t i, float* to, int64_t to_stride) {
-  using V = Vector<float>;
+  using V = typename VectorOf<float, Tile::lanes>::type;
+  constexpr int vectors = Tile::vectors;
   const int64_t r = fixed_r ? fixed_r : any_r;
   V sums[rows][vectors] = {};
   if (base) {
 #pragma GCC unroll 8
     for (int a = 0; a < rows; ++a)
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) sums[a][v] = load<V>(base + (i + a) * base_stride + j + v * kRowLanes);
+      for (int v = 0; v < vectors; ++v) sums[a][v] = load<V>(base + (i + a) * base_stride + j + v * Tile::lanes);
   }
   for (int t = 0; t < count; ++t) {
     const float* from = terms[t].rows + i * terms[t].stride;
@@ -164,7 +197,7 @@ STELLA_INLINE void update_tile(const float* base, int64_t base_stride, const Row
     for (int64_t k = 0; k < r; ++k) {
       V c[vectors];
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) c[v] = load<V>(coefficients + (k * vectors + v) * kRowLanes);
+      for (int v = 0; v < vectors; ++v) c[v] = load<V>(coefficients + (k * vectors + v) * Tile::lanes);
 #pragma GCC unroll 8
       for (int a = 0; a < rows; ++a) {
         const float value = from[a * stride + k];
@@ -177,7 +210,7 @@ STELLA_INLINE void update_tile(const float* base, int64_t base_stride, const Row
   for (int a = 0; a < rows; ++a)
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
-      float* at = to + (i + a) * to_stride + j + v * kRowLanes;
+      float* at = to + (i + a) * to_stride + j + v * Tile::lanes;
       if constexpr (streamed)
         stream(at, sums[a][v]);
       else
@@ -185,30 +218,29 @@ STELLA_INLINE void update_tile(const float* base, int64_t base_stride, const Row
     }
 }
 
-template <int vectors, int fixed_r, bool streamed>
+template <typename Tile, int fixed_r, bool streamed>
 STELLA_INLINE void update_columns(const float* base, int64_t base_stride, const RowTerm* terms, int count, int64_t r,
                                   int64_t j, int64_t rows, float* to, int64_t to_stride) {
-  constexpr int kTogether = vectors == 1 ? 8 : 6;
+  constexpr int kTogether = Tile::vectors == 1 ? 8 : 6;
   int64_t i = 0;
   for (; i + kTogether <= rows; i += kTogether)
-    update_tile<kTogether, vectors, fixed_r, streamed>(base, base_stride, terms, count, r, j, i, to, to_stride);
+    update_tile<kTogether, Tile, fixed_r, streamed>(base, base_stride, terms, count, r, j, i, to, to_stride);
   for (; i + 2 <= rows; i += 2)
-    update_tile<2, vectors, fixed_r, streamed>(base, base_stride, terms, count, r, j, i, to, to_stride);
-  if (i < rows) update_tile<1, vectors, fixed_r, streamed>(base, base_stride, terms, count, r, j, i, to, to_stride);
+    update_tile<2, Tile, fixed_r, streamed>(base, base_stride, terms, count, r, j, i, to, to_stride);
+  if (i < rows) update_tile<1, Tile, fixed_r, streamed>(base, base_stride, terms, count, r, j, i, to, to_stride);
 }
 
-// to = base + sum of the terms, a few rows. `to` may be the base; it may be a term's rows where r is at most two
-// vectors.
+// to = base + sum of the terms, a few rows. `to` may be the base; it may be a term's rows where r is one tile.
 template <bool streamed>
 void update_rows(const float* base, int64_t base_stride, const RowTerm* terms, int count, int64_t r, int64_t rows,
                  float* to, int64_t to_stride) {
-  constexpr int kOne = kRowLanes, kTwo = 2 * kRowLanes;
-  if (r == kOne) return update_columns<1, kOne, streamed>(base, base_stride, terms, count, r, 0, rows, to, to_stride);
-  if (r == kTwo) return update_columns<2, kTwo, streamed>(base, base_stride, terms, count, r, 0, rows, to, to_stride);
-  int64_t j = 0;
-  for (; j + kTwo <= r; j += kTwo)
-    update_columns<2, 0, streamed>(base, base_stride, terms, count, r, j, rows, to, to_stride);
-  if (j < r) update_columns<1, 0, streamed>(base, base_stride, terms, count, r, j, rows, to, to_stride);
+  for_row_tiles(r, [&](int64_t j, auto tile) {
+    using Tile = decltype(tile);
+    if (r == Tile::width)  // known to the compiler
+      update_columns<Tile, Tile::width, streamed>(base, base_stride, terms, count, r, j, rows, to, to_stride);
+    else
+      update_columns<Tile, 0, streamed>(base, base_stride, terms, count, r, j, rows, to, to_stride);
+  });
 }
 
 STELLA_INLINE void prefetch_rows(const float* at, int64_t count) {
