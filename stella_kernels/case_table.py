@@ -9,7 +9,7 @@ import torch
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 STORAGES = ("rows", "columns", "strided")
-RANKS = (1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 31, 32, 33, 64, 96, 128, 200, 256)
+RANKS = (1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 20, 31, 32, 33, 40, 64, 96, 128, 200, 256)
 
 
 @dataclass(frozen=True)

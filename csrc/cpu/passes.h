@@ -62,8 +62,7 @@ struct Panels {
     // Kernels read the second operand's columns in fours as well: room for those past its last.
     padded_order = round_up(order + (b ? kGramRows - 1 : 0), kGramRows);
     chunk = chunk_rows_for(order, to - from, sizeof(T));
-    // Not a multiple of the page: columns of a panel must not all fall into the same cache sets.
-    leading = chunk % 256 == 0 ? chunk + kLanes<T> : chunk;
+    leading = column_stride(chunk);
     panel_size = padded_order * leading;
     const int64_t chunks = (to - from + chunk - 1) / chunk;
     kept = chunks * panel_size * static_cast<int64_t>(sizeof(T)) <= kKeptBytes;
@@ -73,6 +72,12 @@ struct Panels {
   int64_t rows(int64_t i) const { return end - i < chunk ? end - i : chunk; }
   int64_t last() const { return begin + (end - begin - 1) / chunk * chunk; }
   int64_t padded(int64_t i) const { return round_up(rows(i), kLanes<T>); }
+
+  // An odd number of cache lines, so that the columns of a panel fall into all sets of the cache in turn.
+  static int64_t column_stride(int64_t rows) {
+    constexpr int64_t line = 64 / sizeof(T);
+    return ((rows + line - 1) / line | 1) * line;
+  }
 
   // Where the panel of the chunk that starts at row i lies.
   T* slot(int64_t i) const { return storage + (kept ? (i - begin) / chunk * panel_size : 0); }

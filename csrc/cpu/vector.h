@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #ifndef STELLA_ISA
 #error "compile with -DSTELLA_ISA=<name> and -DSTELLA_VECTOR_BYTES=<16|32|64>"
@@ -49,14 +50,20 @@ STELLA_INLINE void store(T* to, V v) {
 #endif
 #endif
 
-// Adds the upper half of the lanes to the lower half.
+#ifdef STELLA_SHUFFLE
+// Adds the upper half of the lanes to the lower half. By shuffles, not by address: a vector whose address is taken
+// lives in memory, and with it every accumulator that is folded after its loop.
+template <typename T, int lanes, int... low>
+STELLA_INLINE typename VectorOf<T, lanes / 2>::type fold(typename VectorOf<T, lanes>::type v,
+                                                         std::integer_sequence<int, low...>) {
+  return __builtin_shufflevector(v, v, low...) + __builtin_shufflevector(v, v, (low + lanes / 2)...);
+}
+
 template <typename T, int lanes>
 STELLA_INLINE typename VectorOf<T, lanes / 2>::type fold(typename VectorOf<T, lanes>::type v) {
-  typename VectorOf<T, lanes / 2>::type low, high;
-  std::memcpy(&low, &v, sizeof low);
-  std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
-  return low + high;
+  return fold<T, lanes>(v, std::make_integer_sequence<int, lanes / 2>());
 }
+#endif
 
 // The sums of the lanes of four vectors, as four values.
 template <typename T, int lanes>
