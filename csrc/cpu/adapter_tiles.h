@@ -30,8 +30,7 @@ STELLA_INLINE void dot_tile(const T* a, int64_t a_leading, const T* b, int64_t b
   }
 #pragma GCC unroll 8
   for (int j = 0; j < columns; ++j) {
-    T totals[kTileRows];
-    sum_lanes<T, kLanes<T>>(sums[0][j], sums[1][j], sums[2][j], sums[3][j], totals);
+    const Four<T> totals = sum_lanes<T, kLanes<T>>(sums[0][j], sums[1][j], sums[2][j], sums[3][j]);
     for (int i = 0; i < kTileRows; ++i) out[i * order + j] += static_cast<double>(totals[i]);
   }
 }
@@ -41,9 +40,9 @@ template <typename T>
 void dot_rows(const T* a, int64_t a_leading, const T* b, int64_t b_leading, int64_t columns, int64_t count, double* out,
               int64_t order) {
   int64_t j = 0;
-  for (; j + kGramColumns <= columns; j += kGramColumns)
-    dot_tile<T, kGramColumns>(a, a_leading, b + j * b_leading, b_leading, count, out + j, order);
-  if constexpr (kGramColumns > 3) {
+  for (; j + kGramRows <= columns; j += kGramRows)
+    dot_tile<T, kGramRows>(a, a_leading, b + j * b_leading, b_leading, count, out + j, order);
+  if constexpr (kGramRows > 3) {
     if (columns - j >= 3) {
       dot_tile<T, 3>(a, a_leading, b + j * b_leading, b_leading, count, out + j, order);
       j += 3;

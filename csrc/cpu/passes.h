@@ -60,7 +60,7 @@ struct Panels {
       : first(a), second(b), difference(is_difference), scale(scale_by), begin(from), end(to) {
     order = b ? 2 * a->r : a->r;
     // Kernels read the second operand's columns in fours as well: room for those past its last.
-    padded_order = round_up(order + (b ? kGramRows - 1 : 0), kGramRows);
+    padded_order = round_up(order + (b ? kGramColumns - 1 : 0), kGramColumns);
     chunk = chunk_rows_for(order, to - from, sizeof(T));
     leading = column_stride(chunk);
     panel_size = padded_order * leading;

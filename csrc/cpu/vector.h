@@ -59,38 +59,59 @@ STELLA_INLINE typename VectorOf<T, lanes / 2>::type fold(typename VectorOf<T, la
   return __builtin_shufflevector(v, v, low...) + __builtin_shufflevector(v, v, (low + lanes / 2)...);
 }
 
+// The sums of 128-bit parts of the lanes, as one such part.
 template <typename T, int lanes>
-STELLA_INLINE typename VectorOf<T, lanes / 2>::type fold(typename VectorOf<T, lanes>::type v) {
-  return fold<T, lanes>(v, std::make_integer_sequence<int, lanes / 2>());
+STELLA_INLINE typename VectorOf<T, 16 / sizeof(T)>::type fold_to_part(typename VectorOf<T, lanes>::type v) {
+  if constexpr (lanes * sizeof(T) == 16)
+    return v;
+  else
+    return fold_to_part<T, lanes / 2>(fold<T, lanes>(v, std::make_integer_sequence<int, lanes / 2>()));
+}
+
+// Within every 128-bit part: a and b in turn, each the sum of its values `apart` lanes apart.
+template <typename T, int lanes, int apart, int... i>
+STELLA_INLINE typename VectorOf<T, lanes>::type add_apart(typename VectorOf<T, lanes>::type a,
+                                                          typename VectorOf<T, lanes>::type b,
+                                                          std::integer_sequence<int, i...>) {
+  constexpr int part = 16 / sizeof(T);
+  if constexpr (apart == 2)  // a0 b0 a1 b1 and a2 b2 a3 b3
+    return __builtin_shufflevector(a, b, (i / part * part + i % part / 2 + i % 2 * lanes)...) +
+           __builtin_shufflevector(a, b, (i / part * part + i % part / 2 + i % 2 * lanes + 2)...);
+  else if constexpr (part == 4)  // a0 a1 b0 b1 and a2 a3 b2 b3
+    return __builtin_shufflevector(a, b, (i / part * part + i % 2 + i % part / 2 * lanes)...) +
+           __builtin_shufflevector(a, b, (i / part * part + i % 2 + i % part / 2 * lanes + 2)...);
+  else  // a0 b0 and a1 b1
+    return __builtin_shufflevector(a, b, (i / part * part + i % 2 * lanes)...) +
+           __builtin_shufflevector(a, b, (i / part * part + i % 2 * lanes + 1)...);
 }
 #endif
 
-// The sums of the lanes of four vectors, as four values.
+template <typename T>
+using Four = typename VectorOf<T, 4>::type;
+
+// The sums of the lanes of four vectors.
 template <typename T, int lanes>
-STELLA_INLINE void sum_lanes(typename VectorOf<T, lanes>::type a, typename VectorOf<T, lanes>::type b,
-                             typename VectorOf<T, lanes>::type c, typename VectorOf<T, lanes>::type d, T* out) {
+STELLA_INLINE Four<T> sum_lanes(typename VectorOf<T, lanes>::type a, typename VectorOf<T, lanes>::type b,
+                                typename VectorOf<T, lanes>::type c, typename VectorOf<T, lanes>::type d) {
 #ifdef STELLA_SHUFFLE
-  if constexpr (lanes == 4) {
-    auto ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    auto cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
-    store(out, __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7));
-    return;
-  } else if constexpr (lanes == 2) {
-    store(out, __builtin_shufflevector(a, b, 0, 2) + __builtin_shufflevector(a, b, 1, 3));
-    store(out + 2, __builtin_shufflevector(c, d, 0, 2) + __builtin_shufflevector(c, d, 1, 3));
-    return;
+  constexpr auto all = std::make_integer_sequence<int, lanes>();
+  if constexpr (sizeof(T) == 4) {
+    const auto ab = add_apart<T, lanes, 2>(a, b, all), cd = add_apart<T, lanes, 2>(c, d, all);
+    return fold_to_part<T, lanes>(add_apart<T, lanes, 1>(ab, cd, all));
   } else {
-    sum_lanes<T, lanes / 2>(fold<T, lanes>(a), fold<T, lanes>(b), fold<T, lanes>(c), fold<T, lanes>(d), out);
-    return;
+    const auto ab = fold_to_part<T, lanes>(add_apart<T, lanes, 1>(a, b, all));
+    const auto cd = fold_to_part<T, lanes>(add_apart<T, lanes, 1>(c, d, all));
+    return __builtin_shufflevector(ab, cd, 0, 1, 2, 3);
   }
 #else
-  for (int i = 0; i < 4; ++i) out[i] = 0;
+  Four<T> sums = {};
   for (int lane = 0; lane < lanes; ++lane) {
-    out[0] += a[lane];
-    out[1] += b[lane];
-    out[2] += c[lane];
-    out[3] += d[lane];
+    sums[0] += a[lane];
+    sums[1] += b[lane];
+    sums[2] += c[lane];
+    sums[3] += d[lane];
   }
+  return sums;
 #endif
 }
 
