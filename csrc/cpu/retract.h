@@ -3,6 +3,7 @@
 
 #include "passes.h"
 #include "polar.h"
+#include "retract_rows.h"
 
 namespace stella::STELLA_ISA {
 namespace {
@@ -101,16 +102,46 @@ bool retract_coefficients(const double* gram, int64_t r, double limit, double* c
   return true;
 }
 
+// The Gram matrix of [Y, Delta] over rows [begin, end), and the update of those rows: with panels kept between the two
+// where one object does both.
+template <typename T>
+class RetractPasses {
+ public:
+  RetractPasses(const RetractJob& job, int64_t begin, int64_t end)
+      : job_(job),
+        by_rows_(std::is_same_v<T, float> && retract_by_rows(job)),
+        panels_(&job.previous, &job.moved, true, static_cast<T>(1.0 / job.divisor), begin, end) {}
+
+  void gram(double* gram) {
+    if (by_rows_)
+      retract_gram_of_rows(job_, panels_.begin, panels_.end, gram);
+    else
+      gram_pass(panels_, gram);
+  }
+
+  void update(const double* coefficients) const {
+    if (by_rows_)
+      retract_update_of_rows(job_, panels_.begin, panels_.end, coefficients);
+    else
+      update_pass(panels_, coefficients, 0, true, job_.moved, nullptr);
+  }
+
+ private:
+  const RetractJob& job_;
+  bool by_rows_;
+  Panels<T> panels_;
+};
+
 template <typename T>
 bool retract_newton_schulz(const RetractJob& job, double limit, Outcome* outcome) {
   const int64_t n = job.moved.n, r = job.moved.r;
   double* gram = zeroed_gram(2 * r);
-  Panels<T> panels(&job.previous, &job.moved, true, static_cast<T>(1.0 / job.divisor), 0, n);
-  gram_pass(panels, gram);
+  RetractPasses<T> passes(job, 0, n);
+  passes.gram(gram);
   Buffer small;
   double* coefficients = small.reserve<double>(2 * r * r);
   if (!retract_coefficients<T>(gram, r, limit, coefficients, outcome)) return false;
-  update_pass(panels, coefficients, 0, true, job.moved, nullptr);
+  passes.update(coefficients);
   return true;
 }
 
@@ -175,8 +206,7 @@ void retract(const RetractJob& job, Method method, Outcome* outcome) {
 void retract_gram(const RetractJob& job, int64_t begin, int64_t end, double* gram) {
   with_arithmetic(job.moved, [&](auto zero) {
     using T = decltype(zero);
-    Panels<T> panels(&job.previous, &job.moved, true, static_cast<T>(1.0 / job.divisor), begin, end);
-    gram_pass(panels, gram);
+    RetractPasses<T>(job, begin, end).gram(gram);
   });
 }
 
@@ -189,8 +219,7 @@ bool retract_solve(const RetractJob& job, const double* gram, double* coefficien
 void retract_update(const RetractJob& job, int64_t begin, int64_t end, const double* coefficients) {
   with_arithmetic(job.moved, [&](auto zero) {
     using T = decltype(zero);
-    const Panels<T> panels(&job.previous, &job.moved, true, static_cast<T>(1.0 / job.divisor), begin, end);
-    update_pass(panels, coefficients, 0, true, job.moved, nullptr);
+    RetractPasses<T>(job, begin, end).update(coefficients);
   });
 }
 
