@@ -83,6 +83,16 @@ def _check_base(x: Tensor, W: Tensor, b: Tensor | None, m: int, n: int) -> None:
             )
 
 
+def _refuse_transforms(function: str) -> None:
+    """torch.func's transforms go through an autograd function only where it has rules of its own for them."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"{function}: called under a transform of torch.func (vmap, grad, jacrev, jvp), wanted eager or compiled "
+            "execution; x takes any leading dimensions, so batch without vmap, and use torch.autograd.grad, or the "
+            "plain formula in stella_kernels.reference.adapter."
+        )
+
+
 def _dropout(x: Tensor, dropout_p: float, training: bool) -> tuple[float, Tensor | None]:
     """The dropout probability in force and its seed, drawn from torch's default generator of x's device."""
     if not training or dropout_p == 0.0:
@@ -126,9 +136,11 @@ def stella_linear(
     raises RuntimeError.
 
     Raises:
+        NotImplementedError: called under a transform of torch.func (vmap, grad, jvp), or in forward mode.
         TypeError: an argument is not a floating-point tensor, or W or b differs from x in dtype outside autocast.
         ValueError: shapes that do not go together, r above m or n, devices that differ, dropout_p outside [0, 1].
     """
+    _refuse_transforms("stella_linear")
     _check_adapter(x, U, S, Vt, scale, dropout_p)
     _check_base(x, W, b, U.shape[0], Vt.shape[1])
     p, seed = _dropout(x, dropout_p, training)
@@ -163,9 +175,10 @@ def stella_adapter(
         (..., m) in y's dtype: y itself, outside ``torch.compile``.
 
     Raises:
-        TypeError, ValueError: as :func:`stella_linear`; where y's shape is not x's leading dimensions and m; where y is
-            a leaf that requires grad, which may not be overwritten.
+        NotImplementedError, TypeError, ValueError: as :func:`stella_linear`; where y's shape is not x's leading
+            dimensions and m; where y is a leaf that requires grad, which may not be overwritten.
     """
+    _refuse_transforms("stella_adapter")
     _check_adapter(x, U, S, Vt, scale, dropout_p)
     check_float_tensor("y", y)
     wanted = (*x.shape[:-1], U.shape[0])

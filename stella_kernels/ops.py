@@ -216,6 +216,21 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+_WIDENED_ROWS = 1024  # of activations in half precision that are float32 at one time
+
+
+def _summed_over_rows(left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ right, (a, b) from (T, a) and (T, b), in float32 at least: half precision would round every sum."""
+    if _arithmetic_dtype(left.dtype) == left.dtype:
+        return left.mT @ right
+    if left.device.type == "cuda":
+        return torch.mm(left.mT, right, out_dtype=torch.float32)
+    total = left.new_zeros((left.shape[1], right.shape[1]), dtype=torch.float32)  # (a, b)
+    for some, others in zip(left.split(_WIDENED_ROWS), right.split(_WIDENED_ROWS), strict=True):
+        total.addmm_(some.float().mT, others.float())
+    return total
+
+
 def _dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     if p == 0.0:
         return x
@@ -292,15 +307,17 @@ def _adapter_backward_reference(
     with _without_autocast(grad_y.device):
         if need_U:
             P = adapter.times_core(A, core.mT if S.dim() == 2 else core)  # (T, r)
-            grad_U = (grad_y.mT @ P).mul_(scale).to(U.dtype)
+            grad_U = _summed_over_rows(grad_y, P).mul_(scale).to(U.dtype)
         if not (need_S or need_Vt or grad_x is not None):
             return grad_U, grad_S, grad_Vt
         Q = (grad_y @ U.to(dtype)).mul_(scale)  # (T, r)
         if need_S:
-            grad_S = (Q * A).sum(0, dtype=S.dtype) if S.dim() == 1 else (Q.mT @ A).to(S.dtype)
+            wide = _arithmetic_dtype(dtype)
+            grad_S = (Q.to(wide) * A.to(wide)).sum(0) if S.dim() == 1 else _summed_over_rows(Q, A)
+            grad_S = grad_S.to(S.dtype)
         K = adapter.times_core(Q, core)  # (T, r)
         if need_Vt:
-            grad_Vt = (K.mT @ _dropped(x.to(dtype), p, seed)).to(Vt.dtype)
+            grad_Vt = _summed_over_rows(K, _dropped(x.to(dtype), p, seed)).to(Vt.dtype)
         if grad_x is not None and p == 0.0:
             grad_x.addmm_(K, Vt.to(dtype), beta=beta)
         elif grad_x is not None:

@@ -165,6 +165,25 @@ def test_reference_gradients_are_those_of_the_forward_formula(diagonal: bool, p:
         assert_close(name, gradient, wanted, bound)
 
 
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_reference_gradcheck(diagonal: bool, p: float) -> None:
+    seed = torch.tensor(5)
+
+    class Reference(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *tensors: Tensor) -> Tensor:
+            ctx.save_for_backward(*tensors)
+            return adapter.adapter_forward(*tensors, SCALE, p, seed)[0]
+
+        @staticmethod
+        def backward(ctx, grad_y: Tensor) -> tuple[Tensor, ...]:
+            return tuple(adapter.adapter_backward(grad_y, *ctx.saved_tensors, SCALE, p, seed))
+
+    layer = make(Case((6,), 5, 4, 2, diagonal), torch.float64)
+    assert torch.autograd.gradcheck(Reference.apply, (layer.x, layer.U, layer.S, layer.Vt))
+
+
 def test_reference_dropout_without_a_seed_is_an_error() -> None:
     with pytest.raises(ValueError, match="seed"):
         adapter.dropped(torch.randn(2, 2), 0.5, None)
@@ -601,10 +620,21 @@ def test_second_derivative_is_an_error(run: Callable[[Layer], Tensor]) -> None:
         (gradient.sum() + layer.x.sum()).backward()
 
 
-def test_vmap_is_an_error() -> None:
+@pytest.mark.parametrize("run", [run_linear, run_adapter])
+def test_transforms_of_functions_are_refused(run: Callable[[Layer], Tensor]) -> None:
     layer = make(Case((4,), 5, 6, 2), torch.float32, requires_grad=False)
-    with pytest.raises(RuntimeError, match="setup_context"):
-        torch.func.vmap(lambda x: stella_linear(x, *layer[1:], SCALE))(layer.x)
+    name = "stella_linear" if run is run_linear else "stella_adapter"
+
+    def of_x(x: Tensor) -> Tensor:
+        return run(layer._replace(x=x))
+
+    with pytest.raises(NotImplementedError, match=f"{name}: called under a transform of torch.func"):
+        torch.func.vmap(of_x)(layer.x)
+    with pytest.raises(NotImplementedError, match=f"{name}: called under a transform of torch.func"):
+        torch.func.grad(lambda x: of_x(x).sum())(layer.x)
+    tangent = torch.ones_like(layer.x)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode AD"):
+        of_x(torch.autograd.forward_ad.make_dual(layer.x, tangent))
 
 
 # Bad input
