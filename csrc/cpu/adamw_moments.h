@@ -19,6 +19,16 @@ struct Moments {
         epsilon(static_cast<T>(job.epsilon)),
         sign(static_cast<T>(job.sign)) {}
 
+  // A vector of Riemannian gradients becomes one of steps; the moments are advanced where they are.
+  template <typename V>
+  STELLA_INLINE V advance(V gradient, T* first, T* second) const {
+    const V g = gradient * sign, m0 = load<V>(first);
+    const V m = m0 + keep1 * (g - m0), v = keep2 * load<V>(second) + add2 * g * g;
+    store(first, m);
+    store(second, v);
+    return rate * m / (square_root(v) * root_correction + epsilon);
+  }
+
   // Riemannian gradients in `values` become steps; the moments are advanced in their own storage.
   template <typename S>
   void advance(T* __restrict values, S* __restrict first, S* __restrict second, int64_t count) const {

@@ -62,7 +62,7 @@ void cross_pass(const GradientJob& job, Panels<T>& panels, double* gram) {
     const T* panel = panels.at(i);
     const T* factor = panel + r * panels.leading;
     copy_rows(job, i, panels.rows(i), factor, panels.leading);
-    gram_block(panel, r, factor, r, panels.leading, panels.padded(i), gram, r, false);
+    gram_block(panel, panels.leading, r, factor, panels.leading, r, panels.padded(i), gram, r, false);
   }
   panels.packed = panels.kept;
 }

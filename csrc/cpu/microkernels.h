@@ -2,6 +2,7 @@
 // and combinations (new columns as sums of old ones). Register tiles are sized to the instruction set's registers.
 #pragma once
 
+#include <initializer_list>
 #include <type_traits>
 
 #include "scratch.h"
@@ -18,16 +19,17 @@ constexpr int64_t kCombineTerms = 64;  // of which a tile's rows stay in L1 whil
 
 // gram[i, j] += a_i . b_j for `rows` columns of a and four of b, of which the first `columns` are written.
 template <typename T, int rows>
-void gram_tile(const T* a, const T* b, int64_t leading, int64_t count, int64_t columns, double* gram, int64_t order) {
+void gram_tile(const T* a, int64_t a_leading, const T* b, int64_t b_leading, int64_t count, int64_t columns,
+               double* gram, int64_t order) {
   using V = Vector<T>;
   V accumulator[rows][kGramColumns] = {};
   for (int64_t k = 0; k < count; k += kLanes<T>) {
     V right[kGramColumns];
 #pragma GCC unroll 8
-    for (int j = 0; j < kGramColumns; ++j) right[j] = load<V>(b + j * leading + k);
+    for (int j = 0; j < kGramColumns; ++j) right[j] = load<V>(b + j * b_leading + k);
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
-      const V left = load<V>(a + i * leading + k);
+      const V left = load<V>(a + i * a_leading + k);
 #pragma GCC unroll 8
       for (int j = 0; j < kGramColumns; ++j) accumulator[i][j] += left * right[j];
     }
@@ -51,87 +53,126 @@ void gram_tile(const T* a, const T* b, int64_t leading, int64_t count, int64_t c
 // gram[i, j] += a_i . b_j for `columns` columns of b from column `at` on; of `upper`, those at or right of row i's
 // tile.
 template <typename T, int rows>
-STELLA_INLINE void gram_row(const T* a, const T* b, int64_t at, int64_t i, int64_t columns, int64_t leading,
-                            int64_t count, double* gram, int64_t order, bool upper) {
+STELLA_INLINE void gram_row(const T* a, int64_t a_leading, const T* b, int64_t b_leading, int64_t at, int64_t i,
+                            int64_t columns, int64_t count, double* gram, int64_t order, bool upper) {
   int64_t j = upper && i > at ? i - i % kGramColumns : at;
   for (; j < columns; j += kGramColumns)
-    gram_tile<T, rows>(a + i * leading, b + j * leading, leading, count, columns - j, gram + i * order + j, order);
+    gram_tile<T, rows>(a + i * a_leading, a_leading, b + j * b_leading, b_leading, count, columns - j,
+                       gram + i * order + j, order);
 }
 
 // gram[i, j] += a_i . b_j for i < rows, j < columns; with `upper`, at least for i <= j. `b` has columns padded to four.
 template <typename T>
-void gram_block(const T* a, int64_t rows, const T* b, int64_t columns, int64_t leading, int64_t count, double* gram,
-                int64_t order, bool upper) {
-  const int64_t fit = kGramBlockBytes / (leading * static_cast<int64_t>(sizeof(T))) / kGramColumns * kGramColumns;
+void gram_block(const T* a, int64_t a_leading, int64_t rows, const T* b, int64_t b_leading, int64_t columns,
+                int64_t count, double* gram, int64_t order, bool upper) {
+  const int64_t fit = kGramBlockBytes / (count * static_cast<int64_t>(sizeof(T)) + 64) / kGramColumns * kGramColumns;
   const int64_t step = fit < kGramColumns ? kGramColumns : fit;
   for (int64_t at = 0; at < columns; at += step) {
     const int64_t end = columns - at < step ? columns : at + step, last = upper && end < rows ? end : rows;
     int64_t i = 0;
-    for (; i < last && i + kGramRows <= rows; i += kGramRows)  // past the last row is lower triangle, and harmless
-      gram_row<T, kGramRows>(a, b, at, i, end, leading, count, gram, order, upper);
+    const auto row = [&](auto some) {
+      gram_row<T, decltype(some)::value>(a, a_leading, b, b_leading, at, i, end, count, gram, order, upper);
+      i += decltype(some)::value;
+    };
+    for (; i < last && i + kGramRows <= rows;) {  // past the last row is lower triangle, and harmless
+      if (kGramRows == 6 && last - i == 8) break;
+      row(std::integral_constant<int, kGramRows>());
+    }
     if constexpr (kGramRows > 3) {
-      if (last - i >= 3) {
-        gram_row<T, 3>(a, b, at, i, end, leading, count, gram, order, upper);
-        i += 3;
-      }
+      while (last - i >= 4) row(std::integral_constant<int, 4>());
+      if (last - i == 3) row(std::integral_constant<int, 3>());
     }
     if (last - i == 2)
-      gram_row<T, 2>(a, b, at, i, end, leading, count, gram, order, upper);
+      row(std::integral_constant<int, 2>());
     else if (last - i == 1)
-      gram_row<T, 1>(a, b, at, i, end, leading, count, gram, order, upper);
+      row(std::integral_constant<int, 1>());
   }
 }
 
+// What becomes of a combination's values before they are stored: nothing.
+struct AsTheyAre {
+  template <typename V>
+  STELLA_INLINE V operator()(V values, int64_t, int64_t) const {
+    return values;
+  }
+};
+
+// Columns side by side, `leading` apart, that a combination sums up.
+template <typename T>
+struct Terms {
+  const T* columns;
+  int64_t count, leading;
+};
+
 template <typename T, int vectors>
-STELLA_INLINE void combine_tile(const T* panel, int64_t terms, int64_t leading, const T* coefficients, const T* base,
-                                int64_t base_leading, T* out, int64_t out_leading) {
+STELLA_INLINE void add_terms(const Terms<T>& terms, const T* coefficients,
+                             Vector<T> (&sums)[kCombineColumns][vectors]) {
   using V = Vector<T>;
-  V accumulator[kCombineColumns][vectors];
-#pragma GCC unroll 8
-  for (int j = 0; j < kCombineColumns; ++j)
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) accumulator[j][v] = base ? load<V>(base + j * base_leading + v * kLanes<T>) : V{};
-  for (int64_t k = 0; k < terms; ++k) {
+  const T* from = terms.columns;
+  for (int64_t k = 0; k < terms.count; ++k, from += terms.leading, coefficients += kCombineColumns) {
     V column[vectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) column[v] = load<V>(panel + k * leading + v * kLanes<T>);
+    for (int v = 0; v < vectors; ++v) column[v] = load<V>(from + v * kLanes<T>);
 #pragma GCC unroll 8
     for (int j = 0; j < kCombineColumns; ++j) {
-      const T c = coefficients[k * kCombineColumns + j];
+      const T c = coefficients[j];
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) accumulator[j][v] += column[v] * c;
+      for (int v = 0; v < vectors; ++v) sums[j][v] += column[v] * c;
     }
   }
-#pragma GCC unroll 8
-  for (int j = 0; j < kCombineColumns; ++j)
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) store(out + j * out_leading + v * kLanes<T>, accumulator[j][v]);
 }
 
-// `columns` columns of `vectors` vectors, as combine says.
-template <typename T, int vectors>
-STELLA_INLINE void combine_rows(const T* panel, int64_t terms, int64_t leading, const T* coefficients, int64_t columns,
-                                const T* base, int64_t base_leading, T* out, int64_t out_leading) {
-  for (int64_t k = 0; k < terms; k += kCombineTerms) {
-    const int64_t some = terms - k < kCombineTerms ? terms - k : kCombineTerms;
-    for (int64_t j = 0; j < columns; j += kCombineColumns)
-      combine_tile<T, vectors>(panel + k * leading, some, leading, coefficients + j * terms + k * kCombineColumns,
-                               base ? base + j * base_leading : nullptr, base_leading, out + j * out_leading,
-                               out_leading);
+// `columns` columns of `vectors` vectors, from row i on, as combine says.
+template <typename T, int vectors, typename Finish>
+STELLA_INLINE void combine_rows(const Terms<T>& first, const Terms<T>& second, const T* coefficients, int64_t columns,
+                                const T* base, int64_t base_leading, T* out, int64_t out_leading, int64_t i,
+                                const Finish& finish) {
+  using V = Vector<T>;
+  const int64_t terms = first.count + second.count;
+  const bool together = terms <= kCombineTerms;
+  const auto part = [&](const Terms<T>& a, const Terms<T>& b, int64_t from, bool last) {
+    for (int64_t j = 0; j < columns; j += kCombineColumns) {
+      const T* blocked = coefficients + j * terms + from * kCombineColumns;
+      V sums[kCombineColumns][vectors];
+#pragma GCC unroll 8
+      for (int c = 0; c < kCombineColumns; ++c)
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v)
+          sums[c][v] = base ? load<V>(base + (j + c) * base_leading + i + v * kLanes<T>) : V{};
+      add_terms<T, vectors>({a.columns + i, a.count, a.leading}, blocked, sums);
+      if (b.count)
+        add_terms<T, vectors>({b.columns + i, b.count, b.leading}, blocked + a.count * kCombineColumns, sums);
+#pragma GCC unroll 8
+      for (int c = 0; c < kCombineColumns; ++c)
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) {
+          const int64_t row = i + v * kLanes<T>;
+          store(out + (j + c) * out_leading + row, last ? finish(sums[c][v], row, j + c) : sums[c][v]);
+        }
+    }
     base = out;
     base_leading = out_leading;
-  }
+  };
+  if (together) return part(first, second, 0, true);
+  int64_t from = 0;
+  for (const Terms<T>& all : {first, second})
+    for (int64_t k = 0; k < all.count; k += kCombineTerms) {
+      const int64_t some = all.count - k < kCombineTerms ? all.count - k : kCombineTerms;
+      part({all.columns + k * all.leading, some, all.leading}, {nullptr, 0, 0}, from, from + some == terms);
+      from += some;
+    }
 }
 
-// out_j = base_j + sum_k panel_k coefficients[k, j] over `count` rows (a multiple of the vector). `coefficients` is
-// blocked as block_coefficients leaves it; `out` and `base` have columns padded to four. `out` may be the base.
-template <typename T>
-void combine(const T* panel, int64_t terms, int64_t leading, const T* coefficients, int64_t columns, const T* base,
-             T* out, int64_t out_leading, int64_t count) {
+// out_j = finish(base_j + sum_k first_k coefficients[k, j] + those of the second, row, j) over `count` rows (a multiple
+// of the vector). `coefficients` is blocked as block_coefficients leaves it; `out` and `base` have columns padded to
+// four. `out` may be the base.
+template <typename T, typename Finish = AsTheyAre>
+void combine(const Terms<T>& first, const Terms<T>& second, const T* coefficients, int64_t columns, const T* base,
+             int64_t base_leading, T* out, int64_t out_leading, int64_t count, const Finish& finish = Finish()) {
   constexpr int64_t kStep = kCombineVectors * kLanes<T>;
   const auto some = [&](auto vectors, int64_t i) {
-    combine_rows<T, decltype(vectors)::value>(panel + i, terms, leading, coefficients, columns,
-                                              base ? base + i : nullptr, leading, out + i, out_leading);
+    combine_rows<T, decltype(vectors)::value>(first, second, coefficients, columns, base, base_leading, out,
+                                              out_leading, i, finish);
   };
   int64_t i = 0;
   for (; i + kStep <= count; i += kStep) some(std::integral_constant<int, kCombineVectors>(), i);
@@ -144,6 +185,13 @@ void combine(const T* panel, int64_t terms, int64_t leading, const T* coefficien
     some(std::integral_constant<int, 2>(), i);
   else if (count - i == kLanes<T>)
     some(std::integral_constant<int, 1>(), i);
+}
+
+// Of one panel, with the base's columns as far apart as the panel's.
+template <typename T>
+void combine(const T* panel, int64_t terms, int64_t leading, const T* coefficients, int64_t columns, const T* base,
+             T* out, int64_t out_leading, int64_t count) {
+  combine<T>({panel, terms, leading}, {nullptr, 0, 0}, coefficients, columns, base, leading, out, out_leading, count);
 }
 
 // (terms, columns) row-major coefficients to blocks of four columns, zero-padded, in the arithmetic type.

@@ -28,6 +28,12 @@ int64_t chunk_rows_for(int64_t order, int64_t n, int element_bytes) {
   return n < rows ? round_up(n, STELLA_VECTOR_BYTES / element_bytes) : rows;
 }
 
+// An odd number of cache lines, so that the columns of a panel fall into all sets of the cache in turn.
+int64_t column_stride(int64_t rows, int element_bytes) {
+  const int64_t line = 64 / element_bytes;
+  return ((rows + line - 1) / line | 1) * line;
+}
+
 // Calls body with a zero of the arithmetic type: float64 for float64 storage, float32 for the others.
 template <typename Body>
 void with_arithmetic(const MatrixView& view, Body&& body) {
@@ -62,7 +68,7 @@ struct Panels {
     // Kernels read the second operand's columns in fours as well: room for those past its last.
     padded_order = round_up(order + (b ? kGramColumns - 1 : 0), kGramColumns);
     chunk = chunk_rows_for(order, to - from, sizeof(T));
-    leading = column_stride(chunk);
+    leading = column_stride(chunk, sizeof(T));
     panel_size = padded_order * leading;
     const int64_t chunks = (to - from + chunk - 1) / chunk;
     kept = chunks * panel_size * static_cast<int64_t>(sizeof(T)) <= kKeptBytes;
@@ -72,12 +78,6 @@ struct Panels {
   int64_t rows(int64_t i) const { return end - i < chunk ? end - i : chunk; }
   int64_t last() const { return begin + (end - begin - 1) / chunk * chunk; }
   int64_t padded(int64_t i) const { return round_up(rows(i), kLanes<T>); }
-
-  // An odd number of cache lines, so that the columns of a panel fall into all sets of the cache in turn.
-  static int64_t column_stride(int64_t rows) {
-    constexpr int64_t line = 64 / sizeof(T);
-    return ((rows + line - 1) / line | 1) * line;
-  }
 
   // Where the panel of the chunk that starts at row i lies.
   T* slot(int64_t i) const { return storage + (kept ? (i - begin) / chunk * panel_size : 0); }
@@ -106,7 +106,8 @@ template <typename T>
 void gram_pass(Panels<T>& panels, double* gram) {
   for (int64_t i = panels.begin; i < panels.end; i += panels.chunk) {
     const T* panel = panels.at(i);
-    gram_block(panel, panels.order, panel, panels.order, panels.leading, panels.padded(i), gram, panels.order, true);
+    gram_block(panel, panels.leading, panels.order, panel, panels.leading, panels.order, panels.padded(i), gram,
+               panels.order, true);
   }
   panels.packed = panels.kept;
 }
@@ -126,7 +127,7 @@ void update_pass(const Panels<T>& panels, const double* coefficients, int64_t sk
     // The base's columns are padded to four by the panel's rows that follow them; what lands there is never read.
     combine(panel + skip * panels.leading, terms, panels.leading, blocked, r, first_is_base ? panel : nullptr, result,
             panels.leading, panels.padded(i));
-    if (gram) gram_block(result, r, result, r, panels.leading, panels.padded(i), gram, r, true);
+    if (gram) gram_block(result, panels.leading, r, result, panels.leading, r, panels.padded(i), gram, r, true);
     unpack(result, panels.leading, out, i, panels.rows(i));
   }
 }

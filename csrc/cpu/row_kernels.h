@@ -3,10 +3,7 @@
 // cut into tiles: pairs of the widest vectors, then what is left by vectors of half the width each time.
 #pragma once
 
-#ifdef __SSE2__
-#include <immintrin.h>
-#endif
-
+#include "microkernels.h"
 #include "panel.h"
 #include "scratch.h"
 
@@ -175,10 +172,10 @@ float* block_row_coefficients(const double* from, int64_t r, float* to) {
   return to;
 }
 
-// `rows` rows of a tile, from column j on, of to = base + sum of the terms; base may be nullptr.
-template <int rows, typename Tile, int fixed_r, bool streamed>
+// `rows` rows of a tile, from column j on, of to = finish(base + sum of the terms, row, column); base may be nullptr.
+template <int rows, typename Tile, int fixed_r, bool streamed, typename Finish>
 STELLA_INLINE void update_tile(const float* base, int64_t base_stride, const RowTerm* terms, int count, int64_t any_r,
-                               int64_t j, int64_t i, float* to, int64_t to_stride) {
+                               int64_t j, int64_t i, float* to, int64_t to_stride, const Finish& finish) {
   using V = typename VectorOf<float, Tile::lanes>::type;
   constexpr int vectors = Tile::vectors;
   const int64_t r = fixed_r ? fixed_r : any_r;
@@ -211,35 +208,37 @@ STELLA_INLINE void update_tile(const float* base, int64_t base_stride, const Row
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
       float* at = to + (i + a) * to_stride + j + v * Tile::lanes;
+      const V values = finish(sums[a][v], i + a, j + v * Tile::lanes);
       if constexpr (streamed)
-        stream(at, sums[a][v]);
+        stream(at, values);
       else
-        store(at, sums[a][v]);
+        store(at, values);
     }
 }
 
-template <typename Tile, int fixed_r, bool streamed>
+template <typename Tile, int fixed_r, bool streamed, typename Finish>
 STELLA_INLINE void update_columns(const float* base, int64_t base_stride, const RowTerm* terms, int count, int64_t r,
-                                  int64_t j, int64_t rows, float* to, int64_t to_stride) {
+                                  int64_t j, int64_t rows, float* to, int64_t to_stride, const Finish& finish) {
   constexpr int kTogether = Tile::vectors == 1 ? 8 : 6;
   int64_t i = 0;
   for (; i + kTogether <= rows; i += kTogether)
-    update_tile<kTogether, Tile, fixed_r, streamed>(base, base_stride, terms, count, r, j, i, to, to_stride);
+    update_tile<kTogether, Tile, fixed_r, streamed>(base, base_stride, terms, count, r, j, i, to, to_stride, finish);
   for (; i + 2 <= rows; i += 2)
-    update_tile<2, Tile, fixed_r, streamed>(base, base_stride, terms, count, r, j, i, to, to_stride);
-  if (i < rows) update_tile<1, Tile, fixed_r, streamed>(base, base_stride, terms, count, r, j, i, to, to_stride);
+    update_tile<2, Tile, fixed_r, streamed>(base, base_stride, terms, count, r, j, i, to, to_stride, finish);
+  if (i < rows)
+    update_tile<1, Tile, fixed_r, streamed>(base, base_stride, terms, count, r, j, i, to, to_stride, finish);
 }
 
 // to = base + sum of the terms, a few rows. `to` may be the base; it may be a term's rows where r is one tile.
-template <bool streamed>
+template <bool streamed, typename Finish = AsTheyAre>
 void update_rows(const float* base, int64_t base_stride, const RowTerm* terms, int count, int64_t r, int64_t rows,
-                 float* to, int64_t to_stride) {
+                 float* to, int64_t to_stride, const Finish& finish = Finish()) {
   for_row_tiles(r, [&](int64_t j, auto tile) {
     using Tile = decltype(tile);
     if (r == Tile::width)  // known to the compiler
-      update_columns<Tile, Tile::width, streamed>(base, base_stride, terms, count, r, j, rows, to, to_stride);
+      update_columns<Tile, Tile::width, streamed>(base, base_stride, terms, count, r, j, rows, to, to_stride, finish);
     else
-      update_columns<Tile, 0, streamed>(base, base_stride, terms, count, r, j, rows, to, to_stride);
+      update_columns<Tile, 0, streamed>(base, base_stride, terms, count, r, j, rows, to, to_stride, finish);
   });
 }
 

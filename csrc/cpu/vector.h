@@ -2,6 +2,10 @@
 // Every file that includes this one is compiled once per instruction set, inside the namespace STELLA_ISA.
 #pragma once
 
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -42,6 +46,32 @@ STELLA_INLINE V load(const T* from) {
 template <typename V, typename T>
 STELLA_INLINE void store(T* to, V v) {
   std::memcpy(to, &v, sizeof v);
+}
+
+// The square root of every lane; the compilers' vector extension has none.
+template <typename V>
+STELLA_INLINE V square_root(V v) {
+  constexpr bool is_float = sizeof(v[0]) == 4;
+#ifdef __AVX512F__
+  if constexpr (sizeof(V) == 64 && is_float) return reinterpret_cast<V>(_mm512_sqrt_ps(reinterpret_cast<__m512>(v)));
+  if constexpr (sizeof(V) == 64) return reinterpret_cast<V>(_mm512_sqrt_pd(reinterpret_cast<__m512d>(v)));
+#endif
+#ifdef __AVX__
+  if constexpr (sizeof(V) == 32 && is_float) return reinterpret_cast<V>(_mm256_sqrt_ps(reinterpret_cast<__m256>(v)));
+  if constexpr (sizeof(V) == 32) return reinterpret_cast<V>(_mm256_sqrt_pd(reinterpret_cast<__m256d>(v)));
+#endif
+#ifdef __SSE2__
+  if constexpr (sizeof(V) == 16 && is_float) return reinterpret_cast<V>(_mm_sqrt_ps(reinterpret_cast<__m128>(v)));
+  if constexpr (sizeof(V) == 16) return reinterpret_cast<V>(_mm_sqrt_pd(reinterpret_cast<__m128d>(v)));
+#endif
+  constexpr int lanes = sizeof(V) / sizeof(v[0]);
+  for (int i = 0; i < lanes; ++i) {
+    if constexpr (is_float)
+      v[i] = __builtin_sqrtf(v[i]);
+    else
+      v[i] = __builtin_sqrt(v[i]);
+  }
+  return v;
 }
 
 #if defined(__has_builtin)
