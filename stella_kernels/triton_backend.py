@@ -16,7 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPERATORS = ("polar", "riemannian_gradient_", "project_retract_", "stella_adamw_")
+OPERATORS = (
+    *("polar", "riemannian_gradient_", "project_retract_", "stella_adamw_"),
+    *("philox_dropout", "adapter_forward_", "adapter_product", "adapter_backward_"),
+)
 
 
 def why_not() -> str:

@@ -8,7 +8,7 @@ from .compiled import CHIPS, Resources, compile_for
 from .variants import RANKS, variants
 
 HEADER = (
-    f"{'kernel':<34}{'chip':<8}{'registers':>9}{'spills':>7}{'shared':>8}{'warps':>6}{'occupancy':>10}"
+    f"{'kernel':<46}{'chip':<8}{'registers':>9}{'spills':>7}{'shared':>8}{'warps':>6}{'occupancy':>10}"
     f"{'tensor-core':>12}{'128-bit loads':>14}{'stores':>7}"
 )
 
@@ -30,7 +30,7 @@ def line(resources: Resources) -> str:
     """A row of the table."""
     r = resources
     return (
-        f"{r.variant.name:<34}{r.chip.name:<8}{r.registers:>9}{r.spills:>7}{r.shared:>8}{r.warps:>6}"
+        f"{r.variant.name:<46}{r.chip.name:<8}{r.registers:>9}{r.spills:>7}{r.shared:>8}{r.warps:>6}"
         f"{r.occupancy:>10.0%}{r.tensor_core:>12}{r.wide_loads:>14}{r.wide_stores:>7}"
     )
 

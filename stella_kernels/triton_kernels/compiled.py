@@ -8,14 +8,36 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .variants import Variant
-
 _TOOLS = Path(os.path.dirname(triton.__file__)) / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with the compile-time arguments of one use of it."""
+
+    name: str
+    kernel: triton.runtime.JITFunction[Any]
+    constants: dict[str, Any]
+    warps: int
+    products: bool  # whether it multiplies tiles of factors or activations, so that tensor cores have work
+    wide: bool  # whether it streams factors or activations, so that its loads should be wide
+    pointers: dict[str, str]
+    options: dict[str, int]
+    divisible: tuple[str, ...] = ()  # integers that are multiples of 16, as pointers are
+
+    def signature(self) -> dict[str, str]:
+        """The types of all arguments, by Triton's names."""
+        types = {}
+        for name in self.kernel.arg_names:
+            types[name] = "constexpr" if name in self.constants else self.pointers.get(name, "")
+            assert types[name], f"{self.name}: no type for {name}"
+        return types
 
 
 @dataclass(frozen=True)
@@ -95,9 +117,11 @@ def _nvidia_code(cubin: bytes) -> tuple[str, int, int]:
 def compile_for(variant: Variant, chip: Chip) -> Resources:
     """Compile; raises what Triton raises where its dialect cannot express the kernel for the chip."""
     signature = variant.signature()
-    pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
+    aligned = [
+        i for i, (name, kind) in enumerate(signature.items()) if kind.startswith("*") or name in variant.divisible
+    ]
     source = ASTSource(
-        variant.kernel, signature, variant.constants, attrs={(i,): [["tt.divisibility", 16]] for i in pointers}
+        variant.kernel, signature, variant.constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}
     )
     kernel = triton.compile(source, target=chip.target, options={"num_warps": variant.warps, **variant.options})
     shared = kernel.metadata.shared

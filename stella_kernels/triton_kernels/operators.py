@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from . import stiefel
+from . import adapter_operators, stiefel
 from .configuration import ELEMENTS, MAX_RANK
 
 METHODS = ("auto", "newton_schulz", "svd")
@@ -195,4 +195,5 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "riemannian_gradient_": riemannian_gradient_,
     "project_retract_": project_retract_,
     "stella_adamw_": stella_adamw_,
+    **adapter_operators.OPERATORS,
 }

@@ -30,7 +30,7 @@ def target_backend() -> str:
     return str(triton.runtime.driver.active.get_current_target().backend)
 
 
-def _on(tensor: Tensor) -> AbstractContextManager[object]:
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device and stream: make it the tensor's device."""
     return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
 
@@ -115,7 +115,7 @@ def _to_device(settings: Tensor, device: torch.device) -> Tensor:
 def riemannian_gradient_(gradients: list[Tensor], factors: list[Tensor], snapshots: list[Tensor]) -> Tensor:
     """∇ ← ∇ − Y ∇ᵀ Y in place: three launches; ``info`` stays on the device."""
     table = table_of([gradients, factors, *([snapshots] if snapshots else [])])
-    with _on(gradients[0]):
+    with on_device_of(gradients[0]):
         info = _new_info(table)
         couplings, state, refused = _couple(table, 0, 1, info)
         subtract_kernel[(table.count,)](
@@ -145,7 +145,7 @@ def _settings_of(divisors: Sequence[float], device: torch.device) -> Tensor:
 def project_retract_(moved: list[Tensor], previous: list[Tensor], divisors: list[float], method: str) -> Tensor:
     """Scale, project, retract in place: three launches; ``info`` stays on the device."""
     table = table_of([moved, previous])
-    with _on(moved[0]):
+    with on_device_of(moved[0]):
         info = _new_info(table)
         state = table.scratch(table.factors, dtype=torch.int32)
         _retract(table, RETRACT, _settings_of(divisors, table.device), state, state, False, info)
@@ -165,7 +165,7 @@ def stella_adamw_(
     # Moments of half the width are rounded when stored: the steps that the Gram blocks saw are kept beside them.
     steps = factors[0].dtype in (torch.bfloat16, torch.float16)
     table = table_of([factors, gradients, exp_avgs, exp_avg_sqs], couplings, steps)
-    with _on(factors[0]):
+    with on_device_of(factors[0]):
         info = _new_info(table)
         settings = _to_device(hyperparameters, table.device)
         known, state, refused = _couple(table, 1, 0, info)
@@ -177,7 +177,7 @@ def polar_of(M: Tensor) -> tuple[Tensor, Tensor]:
     """Polar factors of a batch (B, n, r) and ``info`` on the device, with a status for each: three launches."""
     Q = torch.empty_like(M, memory_format=torch.contiguous_format)
     table = table_of([list(M.unbind(0)), list(Q.unbind(0))])
-    with _on(M):
+    with on_device_of(M):
         info = _new_info(table)
         state = table.scratch(table.factors, dtype=torch.int32)
         _retract(table, POLAR, info, state, state, False, info)

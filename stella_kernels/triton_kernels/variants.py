@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 
+from .adapter_variants import adapter_variants
+from .compiled import Variant
 from .configuration import arithmetic, precision, solve_options, tiles_for
 from .gradient import coupling_kernel, coupling_sum_kernel, subtract_kernel
 from .moves import ADAMW, POLAR, RETRACT
@@ -18,28 +18,6 @@ from .solve import solve_kernel
 from .table import element
 
 RANKS = (16, 32, 64, 128)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One kernel with the compile-time arguments of one use of it."""
-
-    name: str
-    kernel: triton.runtime.JITFunction[Any]
-    constants: dict[str, Any]
-    warps: int
-    products: bool  # whether it multiplies tiles of factors or activations, so that tensor cores have work
-    wide: bool  # whether it streams factors or activations, so that its loads should be wide
-    pointers: dict[str, str]
-    options: dict[str, int]
-
-    def signature(self) -> dict[str, str]:
-        """The types of all arguments, by Triton's names."""
-        types = {}
-        for name in self.kernel.arg_names:
-            types[name] = "constexpr" if name in self.constants else self.pointers.get(name, "")
-            assert types[name], f"{self.name}: no type for {name}"
-        return types
 
 
 def _types(dtype: torch.dtype) -> dict[str, str]:
@@ -90,3 +68,5 @@ def variants(ranks: tuple[int, ...] = RANKS, backend: str = "cuda") -> Iterator[
     """All of them."""
     for R in ranks:
         yield from stiefel_variants(R, torch.float32, backend)
+        for dtype in (torch.bfloat16, torch.float32):
+            yield from adapter_variants(R, dtype, backend)

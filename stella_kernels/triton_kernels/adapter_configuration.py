@@ -1,0 +1,60 @@
+"""Tiles of the adapter's passes over activations: defaults by padded rank and dtype, and what else is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from .configuration import precision
+
+CORE_ROWS = 64  # of the kernels over (T, r) temporaries
+CORE_WARPS = 4
+SUM_ITEMS = 1024  # of a gradient, a program's share of the last sums
+DROPOUT_TILE = (16, 256)
+
+
+@dataclass(frozen=True)
+class PassTiles:
+    """A tile of ``rows`` by ``columns`` at a time; rows, or columns of ``project``, are shared by ``programs``.
+
+    More programs fill more of a GPU and leave more partial sums.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    programs: int = 128
+
+
+def default_tiles(kernel: str, R: int, dtype: torch.dtype) -> PassTiles:
+    """What runs where nothing was measured."""
+    if kernel == "project":
+        tiles = PassTiles(128, 128 if R <= 32 else 64, 4 if R <= 32 else 8, 3)
+    elif kernel == "accumulate":
+        tiles = PassTiles(64, 128, 4 if R <= 64 else 8, 3)
+    elif kernel == "contract":
+        tiles = PassTiles(64, {16: 256, 32: 256, 64: 128, 128: 128}[R], 8, 3)
+    else:
+        tiles = PassTiles(64, 128 if R <= 64 else 64, 8, 2)
+    return replace(tiles, columns=max(32, tiles.columns * 2 // dtype.itemsize))
+
+
+def candidate_tiles(kernel: str, R: int, dtype: torch.dtype) -> tuple[PassTiles, ...]:
+    """What is measured beside the default: a few either way."""
+    own = default_tiles(kernel, R, dtype)
+    return (
+        replace(own, rows=own.rows // 2),
+        replace(own, columns=own.columns // 2),
+        replace(own, rows=own.rows // 2, columns=own.columns * 2),
+        replace(own, programs=own.programs * 2),
+        replace(own, programs=own.programs // 2),
+        replace(own, stages=own.stages - 1 if own.stages > 2 else own.stages + 1),
+        replace(own, warps=12 - own.warps),
+    )
+
+
+def core_precision(dtype: torch.dtype, backend: str) -> str:
+    """Of the products with S, of float32 sums: tf32 keeps all digits that a half type can."""
+    return "tf32" if dtype.itemsize == 2 and backend == "cuda" else precision(dtype, backend)
