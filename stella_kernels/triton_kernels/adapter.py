@@ -200,8 +200,8 @@ def accumulate_kernel(
     left = tl.minimum(T - start, chunk).to(tl.int32)
     y += start * y_row
     P += start * r
-    at = (columns.to(INDEX) * u_row)[:, None] + (ranks.to(INDEX) * u_column)[None, :]
-    factor = tl.load(U + at, mask=(columns < m)[:, None] & (ranks < r)[None, :], other=0.0)  # (COLUMNS, R)
+    place = (columns.to(INDEX) * u_row)[:, None] + (ranks.to(INDEX) * u_column)[None, :]
+    factor = tl.load(U + place, mask=(columns < m)[:, None] & (ranks < r)[None, :], other=0.0)  # (COLUMNS, R)
     factor = tl.trans(narrowed(factor, OPERAND, DOT, TO))
     s = tl.full((1, 1), scale, TO)
     for block in range(0, left, ROWS):

@@ -50,8 +50,8 @@ def contract_kernel(
     partial_Q += (strip.to(tl.int64) * T + start) * r
     outside = (columns < m)[:, None] & (ranks < r)[None, :]
     if NEED_Q:
-        at = (columns.to(INDEX) * u_row)[:, None] + (ranks.to(INDEX) * u_column)[None, :]
-        factor = narrowed(tl.load(U + at, mask=outside, other=0.0), OPERAND, DOT, TO)  # (COLUMNS, R)
+        place = (columns.to(INDEX) * u_row)[:, None] + (ranks.to(INDEX) * u_column)[None, :]
+        factor = narrowed(tl.load(U + place, mask=outside, other=0.0), OPERAND, DOT, TO)  # (COLUMNS, R)
     total = tl.zeros((COLUMNS, R), dtype=TO)
     for block in range(0, left, ROWS):
         rows = block + tl.arange(0, ROWS)
@@ -178,8 +178,8 @@ def spread_kernel(
     inside = (ranks < r)[:, None] & (columns < n)[None, :]
     gain = tl.full((1, 1), inverse, TO)
     if NEED_X:
-        at = (ranks.to(INDEX) * v_row)[:, None] + (columns.to(INDEX) * v_column)[None, :]
-        factor = narrowed(tl.load(Vt + at, mask=inside, other=0.0), OPERAND, DOT, TO)  # (R, COLUMNS)
+        place = (ranks.to(INDEX) * v_row)[:, None] + (columns.to(INDEX) * v_column)[None, :]
+        factor = narrowed(tl.load(Vt + place, mask=inside, other=0.0), OPERAND, DOT, TO)  # (R, COLUMNS)
     total = tl.zeros((R, COLUMNS), dtype=TO)
     for block in range(0, left, ROWS):
         rows = block + tl.arange(0, ROWS)
