@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from stella_kernels import triton_backend
+
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parent.parent
@@ -49,11 +51,22 @@ def test_table_of_cases_in_the_interpreter(interpreted: list[dict[str, Any]]) ->
         for line in missed
     )
     names = [line["case"] for line in interpreted]
-    for operator in ("polar", "riemannian_gradient_", "project_retract_", "stella_adamw_"):
+    for operator in triton_backend.OPERATORS:
         ran = [name for name in names if name.startswith(f"{operator}-")]
         assert len(ran) >= 15, operator
         for dtype in ("float32", "float64", "bfloat16", "float16"):
             assert any(dtype in name for name in ran), (operator, dtype)
+    for check in (
+        "storages",
+        "ranks",
+        "masks",
+        "gradients_asked_for",
+        "nothing_to_do",
+        "repeats",
+        "not_finite",
+        "refusals",
+    ):
+        assert any(name.startswith(f"{check}-") for name in names), check
 
 
 def run(code: str, **environment: str) -> str:
@@ -125,20 +138,28 @@ def step(shapes):
         counts.append(len(launched))
     return counts
 
-print(step([(20, 3)]), step([(20, 3), (40, 7), (33, 1), (90, 16)]), step([(70, 33), (20, 3)]))
+def layer(T):
+    m, n, r = 24, 300, 2
+    x, y, U, S, Vt = (torch.randn(shape) for shape in ((T, n), (T, m), (m, r), (r, r), (r, n)))
+    launched.clear()
+    A = OPERATORS["adapter_forward_"](y, x, U, S, Vt, 1.0, 0.0, None)
+    forward = len(launched)
+    OPERATORS["adapter_backward_"](torch.empty_like(x), 0.0, y, x, A, U, S, Vt, 1.0, 0.0, None, [True] * 3)
+    return [forward, len(launched) - forward]
+
+print([step([(20, 3)]), step([(20, 3), (40, 7), (33, 1), (90, 16)]), step([(70, 33), (20, 3)]), layer(5), layer(200)])
 """
 
 
 def test_launches_do_not_grow_with_the_factors() -> None:
-    one, many, large = json.loads("[" + run(LAUNCHES).strip().replace("] [", "], [") + "]")
+    one, many, large, *layers = json.loads(run(LAUNCHES))
     assert one == many == [5, 3, 3]
     assert large == [6, 3, 3]
+    assert layers == [[3, 5], [3, 5]]
 
 
 def test_on_another_device_is_the_same_call() -> None:
     """What ``verify`` wraps a GPU's operators in: here the copies are on the CPU too."""
-    from stella_kernels import triton_backend
-
     buffer = torch.randn(9, 4)
     view, other = buffer[1::2, ::2], buffer[0]
 

@@ -23,8 +23,10 @@ from triton.runtime import interpreter
 from stella_kernels import triton_backend, verification
 from stella_kernels.case_table import Case, cases
 from stella_kernels.triton_kernels import configuration
+from tests import triton_adapter
 
 MAX_RANK, MAX_ROWS = 128, 1100  # of the cases run here: a tile costs milliseconds
+MAX_SIDE = 150  # of an adapter's matrices
 
 
 def round_to_bfloat16() -> None:
@@ -84,6 +86,10 @@ def chosen() -> list[Case]:
         if max(shape[-1] for shape in case.shapes) > MAX_RANK or max(shape[-2] for shape in case.shapes) > MAX_ROWS:
             continue
         draw = zlib.crc32(case.name.encode())
+        if case.kind in ("adapter", "mask"):  # cheap, but for the large ones
+            if max(case.shapes[0]) <= MAX_SIDE or draw % 6 == 0:
+                picked.append(case)
+            continue
         long = case.scale > 1.0 or case.kind.startswith(("condition", "rank", "zero", "graded", "scale"))
         often = 4 if long else 2 if len(case.shapes) > 1 else 1  # float64, repeated: seconds a case
         if draw % (often if case.quick else 8 * often) == 0 or (case.shapes[0][-1] > 64 and not long):
@@ -92,18 +98,24 @@ def chosen() -> list[Case]:
 
 
 def main(shard: int, of: int) -> None:
-    """One line of JSON a case: its name, what was compared, error, tolerance."""
+    """One line of JSON a case or check: its name, what was compared, error, tolerance."""
     torch.set_num_threads(1)
     round_to_bfloat16()
     permute_programs()
     operators = triton_backend.operators()
     own = configuration.tiles_for
+    triton_adapter.use_small_tiles()
     for case in chosen()[shard::of]:
         configuration.tiles_for = small_tiles(case)
         result = verification.check(case, "triton", operators)
         configuration.tiles_for = own
         line = {"case": case.name, "what": result.what, "error": result.error, "tolerance": result.tolerance}
         print(json.dumps(line), flush=True)
+    for check in triton_adapter.CHECKS[shard::of]:
+        torch.manual_seed(0)
+        for name, what, error, tolerance in check():
+            line = {"case": f"{check.__name__}-{name}", "what": what, "error": error, "tolerance": tolerance}
+            print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

@@ -30,15 +30,16 @@ class PassTiles:
 
 def default_tiles(kernel: str, R: int, dtype: torch.dtype) -> PassTiles:
     """What runs where nothing was measured."""
+    half = dtype.itemsize == 2
     if kernel == "project":
-        tiles = PassTiles(128, 128 if R <= 32 else 64, 4 if R <= 32 else 8, 3)
+        tiles = PassTiles(128, 64 if half else 32, 8, 3)
     elif kernel == "accumulate":
-        tiles = PassTiles(64, 128, 4 if R <= 64 else 8, 3)
+        tiles = PassTiles(64, 128 if half else 64, 8, 3)
     elif kernel == "contract":
-        tiles = PassTiles(64, {16: 256, 32: 256, 64: 128, 128: 128}[R], 8, 3)
+        tiles = PassTiles(64, 256 if R <= 32 else 128, 8, 2) if half else PassTiles(32, 128, 8, 3)
     else:
-        tiles = PassTiles(64, 128 if R <= 64 else 64, 8, 2)
-    return replace(tiles, columns=max(32, tiles.columns * 2 // dtype.itemsize))
+        tiles = PassTiles(64, 128 if half and R <= 64 else 64, 8, 2)
+    return tiles
 
 
 def candidate_tiles(kernel: str, R: int, dtype: torch.dtype) -> tuple[PassTiles, ...]:
@@ -51,7 +52,7 @@ def candidate_tiles(kernel: str, R: int, dtype: torch.dtype) -> tuple[PassTiles,
         replace(own, programs=own.programs * 2),
         replace(own, programs=own.programs // 2),
         replace(own, stages=own.stages - 1 if own.stages > 2 else own.stages + 1),
-        replace(own, warps=12 - own.warps),
+        replace(own, warps=4),
     )
 
 

@@ -38,7 +38,7 @@ def contract_kernel(
 ):
     """Of COLUMNS columns of ``chunk`` rows of Y', read once: Y' U to ``partial_Q`` (strips, T, r) and Y'ᵀ P to
     ``partial_U`` (chunks, m, r)."""
-    strips = tl.cdiv(m, COLUMNS)
+    strips = tl.maximum(tl.cdiv(m, COLUMNS), 1)  # of a layer without outputs: one, of zeros
     part = tl.program_id(0) // strips
     strip = tl.program_id(0) % strips
     start = part.to(tl.int64) * chunk
