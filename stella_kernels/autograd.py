@@ -27,20 +27,34 @@ _TWICE = (
 )
 
 
-def _differentiable_once(backward: Callable[..., _Gradients]) -> Callable[..., _Gradients]:
-    """``backward`` whose results raise RuntimeError when they are differentiated in turn.
+class _RefusesDerivatives(torch.autograd.Function):
+    """The first ``count`` tensors, as results of what follows them: whoever differentiates them by those is told."""
 
-    torch's own once_differentiable lets them pass as constants, silently, where the incoming gradient needs none.
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> _Gradients:
+        return tuple(None if t is None else t.detach() for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> _Gradients:
+        raise RuntimeError(_TWICE)
+
+
+def _differentiable_once(backward: Callable[..., _Gradients]) -> Callable[..., _Gradients]:
+    """``backward(ctx, saved, *grads)``, whose results raise RuntimeError when they are differentiated in turn.
+
+    torch's own once_differentiable cuts the results off from the saved tensors, so that a second derivative by one of
+    them comes out as zero, silently. ``saved`` is ``ctx.saved_tensors``, which checkpointing lets one read once only.
     """
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Tensor | None) -> _Gradients:
+        saved = ctx.saved_tensors
         with torch.no_grad():
-            results = backward(ctx, *grads)
+            results = backward(ctx, saved, *grads)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # enabled in backward by create_graph=True
             return results
-        raiser: Any = torch._C._functions.DelayedError(_TWICE, len(results))
-        return raiser(*(None if g is None else g.detach().requires_grad_() for g in results))
+        raiser: Any = _RefusesDerivatives.apply
+        return raiser(len(results), *results, *grads, *saved)
 
     return wrapper
 
@@ -105,8 +119,8 @@ class StellaLinearFunction(torch.autograd.Function):
 
     @staticmethod
     @_differentiable_once
-    def backward(ctx: Any, grad_y: Tensor) -> _Gradients:
-        x, W, A, U, S, Vt, seed = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Any, ...], grad_y: Tensor) -> _Gradients:
+        x, W, A, U, S, Vt, seed = saved
         need_x, need_W, need_b, *need_factors = ctx.needs_input_grad[:6]
         first = need_x and _adapter_goes_first(grad_y, W)
         grad_x = None if not need_x else grad_y.new_empty(x.shape) if first else grad_y @ W.to(grad_y.dtype)  # (T, n)
@@ -114,8 +128,8 @@ class StellaLinearFunction(torch.autograd.Function):
         grad_b = grad_y.sum(0, dtype=ctx.bias_dtype) if need_b else None
         if A is None:
             A = _recomputed(ctx, grad_y, x, U, S, Vt, seed)
-        saved = (x, A, U, S, Vt, seed)
-        factors = _adapter_gradients(ctx, grad_x, 0.0 if first else 1.0, grad_y, saved, need_factors)
+        terms = (x, A, U, S, Vt, seed)
+        factors = _adapter_gradients(ctx, grad_x, 0.0 if first else 1.0, grad_y, terms, need_factors)
         if grad_x is not None and first:
             accumulate_product(grad_x, grad_y, W)
         if grad_x is not None:
@@ -157,8 +171,8 @@ class StellaAdapterFunction(torch.autograd.Function):
 
     @staticmethod
     @_differentiable_once
-    def backward(ctx: Any, grad_y: Tensor) -> _Gradients:
-        x, A, U, S, Vt, seed = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Any, ...], grad_y: Tensor) -> _Gradients:
+        x, A, U, S, Vt, seed = saved
         need_y, need_x, *need_factors = ctx.needs_input_grad[:5]
         rows = x.reshape(-1, x.shape[-1])  # (T, n)
         flat = grad_y.reshape(-1, grad_y.shape[-1])  # (T, m)
@@ -178,7 +192,9 @@ def _polar_setup(ctx: Any, inputs: tuple[Tensor, str], output: tuple[Tensor, Ten
 
 
 @_differentiable_once
-def _polar_backward(ctx: Any, grad_Q: Tensor, _grad_info: Tensor | None) -> tuple[Tensor, None]:
+def _polar_backward(
+    ctx: Any, saved: tuple[Tensor, ...], grad_Q: Tensor, _grad_info: Tensor | None
+) -> tuple[Tensor, None]:
     """∇M = (Ḡ − Q K) H⁻¹ + Q L⁻¹(K − Kᵀ), with H = symm(QᵀM), K = QᵀḠ and L(Ω) = H Ω + Ω H.
 
     From M = Q H: dM = dQ H + Q dH with Ω = QᵀdQ skew and dH symmetric, so the skew part of QᵀdM gives
@@ -187,7 +203,7 @@ def _polar_backward(ctx: Any, grad_Q: Tensor, _grad_info: Tensor | None) -> tupl
     chapter 8 (the polar decomposition, its derivative and conditioning). Where H is singular the gradient does not
     exist: every entry is NaN.
     """
-    M, Q = ctx.saved_tensors
+    M, Q = saved
     wide = torch.float32 if M.dtype in (torch.bfloat16, torch.float16) else M.dtype
     M, Q, grad = M.to(wide), Q.to(wide), grad_Q.to(wide)  # (..., n, r)
     QtM = Q.mT @ M  # (..., r, r)
@@ -199,7 +215,7 @@ def _polar_backward(ctx: Any, grad_Q: Tensor, _grad_info: Tensor | None) -> tupl
     # the eigenvalues of a computed H carry an error of about n eps of the largest: at or below that, H is singular
     floor = h[..., -1:] * (M.shape[-2] * torch.finfo(wide).eps)
     singular = (h[..., :1] <= floor).unsqueeze(-1)  # (..., 1, 1)
-    return torch.where(singular, torch.nan, grad_M).to(ctx.saved_tensors[0].dtype), None
+    return torch.where(singular, torch.nan, grad_M).to(saved[0].dtype), None
 
 
 torch.library.register_autograd("stella_kernels::polar", _polar_backward, setup_context=_polar_setup)
