@@ -59,6 +59,16 @@ def _differentiable_once(backward: Callable[..., _Gradients]) -> Callable[..., _
     return wrapper
 
 
+def _refuse_batched_gradients(grad_y: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return  # the compiler met the transform on the way forward
+    if torch._C._functorch.is_batchedtensor(grad_y) or torch._C._functorch.is_legacy_batchedtensor(grad_y):
+        raise NotImplementedError(
+            "stella_kernels: the gradient of an adapter was asked for a batch of output gradients (vmap, "
+            "is_grads_batched=True, vectorize=True), wanted one at a time; loop over them."
+        )
+
+
 def _adapter_gradients(
     ctx: Any,
     grad_x: Tensor | None,
@@ -120,6 +130,7 @@ class StellaLinearFunction(torch.autograd.Function):
     @staticmethod
     @_differentiable_once
     def backward(ctx: Any, saved: tuple[Any, ...], grad_y: Tensor) -> _Gradients:
+        _refuse_batched_gradients(grad_y)
         x, W, A, U, S, Vt, seed = saved
         need_x, need_W, need_b, *need_factors = ctx.needs_input_grad[:6]
         first = need_x and _adapter_goes_first(grad_y, W)
@@ -172,6 +183,7 @@ class StellaAdapterFunction(torch.autograd.Function):
     @staticmethod
     @_differentiable_once
     def backward(ctx: Any, saved: tuple[Any, ...], grad_y: Tensor) -> _Gradients:
+        _refuse_batched_gradients(grad_y)
         x, A, U, S, Vt, seed = saved
         need_y, need_x, *need_factors = ctx.needs_input_grad[:5]
         rows = x.reshape(-1, x.shape[-1])  # (T, n)

@@ -84,8 +84,11 @@ def _check_base(x: Tensor, W: Tensor, b: Tensor | None, m: int, n: int) -> None:
 
 
 def _refuse_transforms(function: str) -> None:
-    """torch.func's transforms go through an autograd function only where it has rules of its own for them."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    """torch.func's transforms go through an autograd function only where it has rules of its own for them.
+
+    The compiler lets them through all the same, to gradients that are wrong.
+    """
+    if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
             f"{function}: called under a transform of torch.func (vmap, grad, jacrev, jvp), wanted eager or compiled "
             "execution; x takes any leading dimensions, so batch without vmap, and use torch.autograd.grad, or the "
