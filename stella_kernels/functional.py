@@ -198,7 +198,8 @@ def join_adapters(adapters: Sequence[tuple[Tensor, Tensor, Tensor, float]]) -> t
     """Several adapters of one layer as one: U, S, Vt and scale whose adapter is the sum of the given ones'.
 
     U and Vᵀ are stacked along the rank, S is block-diagonal with the scales in it (diagonal where every S is), so that
-    one pass over the activations serves all. Gradients reach the given factors; a dropout mask is then shared.
+    one pass over the activations serves all; in the widest dtype of theirs, float32 at least. Gradients reach the given
+    factors; a dropout mask is then shared.
 
     Args:
         adapters: (U (m, rᵢ), S (rᵢ, rᵢ) or (rᵢ,), Vt (rᵢ, n), scale) of each, at least one; any device and float dtype.
@@ -210,12 +211,20 @@ def join_adapters(adapters: Sequence[tuple[Tensor, Tensor, Tensor, float]]) -> t
         raise ValueError("adapters: found none, wanted at least one.")
     if len(adapters) == 1:
         return adapters[0]
-    cores = [S if scale == 1.0 else S * scale for _, S, _, scale in adapters]
+    dtype = torch.float32  # at least: a scaled S is not rounded to half precision
+    for U, S, Vt, _ in adapters:
+        for factor in (U, S, Vt):
+            dtype = torch.promote_types(dtype, factor.dtype)
+    cores = [S.to(dtype) if scale == 1.0 else S.to(dtype) * scale for _, S, _, scale in adapters]
     if all(S.dim() == 1 for S in cores):
         core = torch.cat(cores)
     else:
         core = torch.block_diag(*(S.diag() if S.dim() == 1 else S for S in cores))
-    return torch.cat([U for U, _, _, _ in adapters], 1), core, torch.cat([Vt for _, _, Vt, _ in adapters]), 1.0
+    U, Vt = (
+        torch.cat([U.to(dtype) for U, _, _, _ in adapters], 1),
+        torch.cat([Vt.to(dtype) for _, _, Vt, _ in adapters]),
+    )
+    return U, core, Vt, 1.0
 
 
 @overload
