@@ -100,7 +100,7 @@ def _adapter_goes_first(x: Tensor, W: Tensor) -> bool:
 
 
 class StellaLinearFunction(torch.autograd.Function):
-    """y = x Wᵀ + b + s d(x) V Sᵀ Uᵀ as one node: x (T, n), y (T, m)."""
+    """y = x Wᵀ + b + s d(x) V Sᵀ Uᵀ as one node: x (..., n), y (T, m)."""
 
     @staticmethod
     def forward(
@@ -116,12 +116,13 @@ class StellaLinearFunction(torch.autograd.Function):
         seed: Tensor | None,
         recompute: bool,
     ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])  # (T, n), a view wherever x's strides allow one; x itself is saved
         if _adapter_goes_first(x, W):
-            y, A = _kernels.adapter_product(x, b, U, S, Vt, scale, p, seed)  # (T, m), (T, r)
-            accumulate_product(y, x, W.mT)
+            y, A = _kernels.adapter_product(rows, b, U, S, Vt, scale, p, seed)  # (T, m), (T, r)
+            accumulate_product(y, rows, W.mT)
         else:
-            y = F.linear(x, W, b)  # (T, m), in autocast's dtype inside autocast
-            A = _kernels.adapter_forward_(y, x, U, S, Vt, scale, p, seed)  # (T, r)
+            y = F.linear(rows, W, b)  # (T, m), in autocast's dtype inside autocast
+            A = _kernels.adapter_forward_(y, rows, U, S, Vt, scale, p, seed)  # (T, r)
         ctx.save_for_backward(x, W, None if recompute else A, U, S, Vt, seed)
         ctx.scale, ctx.p = scale, p
         ctx.bias_dtype = None if b is None else b.dtype
@@ -133,18 +134,21 @@ class StellaLinearFunction(torch.autograd.Function):
         _refuse_batched_gradients(grad_y)
         x, W, A, U, S, Vt, seed = saved
         need_x, need_W, need_b, *need_factors = ctx.needs_input_grad[:6]
+        rows = x.reshape(-1, x.shape[-1])  # (T, n)
         first = need_x and _adapter_goes_first(grad_y, W)
-        grad_x = None if not need_x else grad_y.new_empty(x.shape) if first else grad_y @ W.to(grad_y.dtype)  # (T, n)
-        grad_W = (grad_y.mT @ x.to(grad_y.dtype)).to(W.dtype) if need_W else None
+        grad_x = (
+            None if not need_x else grad_y.new_empty(rows.shape) if first else grad_y @ W.to(grad_y.dtype)
+        )  # (T, n)
+        grad_W = (grad_y.mT @ rows.to(grad_y.dtype)).to(W.dtype) if need_W else None
         grad_b = grad_y.sum(0, dtype=ctx.bias_dtype) if need_b else None
         if A is None:
-            A = _recomputed(ctx, grad_y, x, U, S, Vt, seed)
-        terms = (x, A, U, S, Vt, seed)
+            A = _recomputed(ctx, grad_y, rows, U, S, Vt, seed)
+        terms = (rows, A, U, S, Vt, seed)
         factors = _adapter_gradients(ctx, grad_x, 0.0 if first else 1.0, grad_y, terms, need_factors)
         if grad_x is not None and first:
             accumulate_product(grad_x, grad_y, W)
         if grad_x is not None:
-            grad_x = grad_x.to(x.dtype)
+            grad_x = grad_x.to(x.dtype).view(x.shape)
         return grad_x, grad_W, grad_b, *factors, None, None, None, None
 
 

@@ -147,8 +147,7 @@ def stella_linear(
     _check_adapter(x, U, S, Vt, scale, dropout_p)
     _check_base(x, W, b, U.shape[0], Vt.shape[1])
     p, seed = _dropout(x, dropout_p, training)
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (T, n)
-    y = StellaLinearFunction.apply(rows, W, b, U, S, Vt, float(scale), p, seed, recompute)  # (T, m)
+    y = StellaLinearFunction.apply(x, W, b, U, S, Vt, float(scale), p, seed, recompute)  # (T, m)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], W.shape[0])
 
 
