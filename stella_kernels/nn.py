@@ -161,12 +161,17 @@ def _singular_vectors(
     return left[:, chosen], right[chosen].mT
 
 
+def is_untouched(module: nn.Module) -> bool:
+    """Whether calling ``module`` is its class's ``forward`` and no more: no hook sees or replaces what it returns."""
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return "forward" not in module.__dict__ and not any(own) and not nn.modules.module._has_any_global_hook()
+
+
 def _plain_linear(module: nn.Module) -> nn.Linear | None:
     """``module`` where calling it is F.linear of ordinary tensors and no more, so one node can do it; else None."""
     if type(module) is not nn.Linear or type(module.weight) not in (Tensor, nn.Parameter):
         return None
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return None if "forward" in module.__dict__ or any(hooks) else module
+    return module if is_untouched(module) else None
 
 
 # U, S, Vt, scale, and the probability of dropout in force

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import functional
-from ..nn import OwnFactor, Term, adapted_output, init_factors, start_term
+from ..nn import OwnFactor, Term, adapted_output, init_factors, is_untouched, start_term
 from ..reference.stiefel import orthonormality_error
 from .config import StellaConfig
 
@@ -267,8 +267,7 @@ class Linear(nn.Module, StellaLayer):
         A hook may keep the output, and autograd forbids writing to views that some quantized layers and backward hooks
         return.
         """
-        base = self.base_layer
-        return type(base) in (nn.Linear, Conv1D, Linear) and not (base._forward_hooks or base._backward_hooks)
+        return type(self.base_layer) in (nn.Linear, Conv1D, Linear) and is_untouched(self.base_layer)
 
     def _terms(self, adapter: str) -> Iterator[Term]:
         """The adapter, and what is taken away of one that starts as 'pseudo_zero'."""
