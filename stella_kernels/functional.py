@@ -61,6 +61,16 @@ def _check_adapter(x: Tensor, U: Tensor, S: Tensor, Vt: Tensor, scale: float, dr
         raise ValueError(f"dropout_p: found {dropout_p}, wanted a probability in [0, 1].")
 
 
+def _overlaps_itself(value: Tensor) -> bool:
+    """Whether ``value`` was expanded: torch's own test before it writes in place."""
+    return any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True))
+
+
+def _autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for ``device``; of one that has none (meta), torch would raise an error."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def _check_base(x: Tensor, W: Tensor, b: Tensor | None, m: int, n: int) -> None:
     check_float_tensor("W", W)
     if W.dim() != 2 or W.shape[0] != m or W.shape[1] != n:
@@ -73,7 +83,7 @@ def _check_base(x: Tensor, W: Tensor, b: Tensor | None, m: int, n: int) -> None:
             raise ValueError(f"b: found shape {_shape(b)}, wanted ({m},), one for each row of W.")
         _check_same_device(x.device, {"b": b})
         tensors["b"] = b
-    if torch.is_autocast_enabled(x.device.type):
+    if _autocasts(x.device):
         return
     for argument, value in tensors.items():
         if value.dtype != x.dtype:
@@ -178,7 +188,7 @@ def stella_adapter(
 
     Raises:
         NotImplementedError, TypeError, ValueError: as :func:`stella_linear`; where y's shape is not x's leading
-            dimensions and m; where y is a leaf that requires grad, which may not be overwritten.
+            dimensions and m; where y is a leaf that requires grad, or expanded, and may not be overwritten.
     """
     _refuse_transforms("stella_adapter")
     _check_adapter(x, U, S, Vt, scale, dropout_p)
@@ -189,6 +199,11 @@ def stella_adapter(
     _check_same_device(x.device, {"y": y})
     if y.requires_grad and y.is_leaf and torch.is_grad_enabled():
         raise ValueError("y: found a leaf that requires grad, wanted the output of a layer; pass y.clone().")
+    if not torch.compiler.is_compiling() and _overlaps_itself(y):
+        raise ValueError(
+            f"y: found strides {y.stride()} for shape {_shape(y)}, several elements in one place, wanted memory of its "
+            "own for each; pass y.clone()."
+        )
     p, seed = _dropout(x, dropout_p, training)
     return StellaAdapterFunction.apply(y, x, U, S, Vt, float(scale), p, seed, recompute)
 
