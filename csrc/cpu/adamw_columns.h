@@ -40,6 +40,7 @@ class ColumnPasses {
       const T* Y = packed(i);
       const int64_t rows = rows_from(i), whole = whole_vectors(rows), leading = layout_.leading;
       gram_block(Y, leading, r_, column_at(job_.gradient, i), job_.gradient.col_stride, r_, whole, coupling, r_, false);
+      fetch(i + layout_.chunk);
       if (whole == rows) continue;
       T* rest = scratch().tall.reserve<T>(r_ * kLanes<T>);
       pack(job_.gradient, i + whole, rows - whole, kLanes<T>, rest, kLanes<T>, T(1));
@@ -56,8 +57,7 @@ class ColumnPasses {
     const int64_t first_stride = job_.first_moment.col_stride, second_stride = job_.second_moment.col_stride;
     T* blocked = scratch().coefficients.reserve<T>(r_ * r_);
     block_coefficients(negative, r_, r_, r_, blocked);
-    // From the last chunk to the first: the cache still holds the end of what the pass before read.
-    for (int64_t i = begin_ + (end_ - begin_ - 1) / layout_.chunk * layout_.chunk; i >= begin_; i -= layout_.chunk) {
+    for (int64_t i = begin_; i < end_; i += layout_.chunk) {
       const T* Y = packed(i);
       const int64_t rows = rows_from(i), whole = whole_vectors(rows), padded = round_up(rows, kLanes<T>);
       T *step = steps + layout_.chunk_at(i), *first = column_at(job_.first_moment, i);
@@ -65,8 +65,8 @@ class ColumnPasses {
       // Roots and quotients are made of the products' own registers: their unit works beside that of the products.
       const auto advance = [&](auto values, int64_t row, int64_t j) {
         T *m = first + j * first_stride + row, *v = second + j * second_stride + row;
-        __builtin_prefetch(m + kAhead, 1);
-        __builtin_prefetch(v + kAhead, 1);
+        __builtin_prefetch(m + kPart, 0, 2);
+        __builtin_prefetch(v + kPart, 0, 2);
         return moments.advance(values, m, v);
       };
       combine<T>({Y, r_, leading}, {nullptr, 0, 0}, blocked, r_, gradient, job_.gradient.col_stride, step, leading,
@@ -119,11 +119,23 @@ class ColumnPasses {
 
  private:
   static constexpr int64_t kPart = kCombineVectors * kLanes<T>;  // rows of a register tile
-  static constexpr int64_t kAhead = kPart;
 
   int64_t rows_from(int64_t i) const { return end_ - i < layout_.chunk ? end_ - i : layout_.chunk; }
   static int64_t whole_vectors(int64_t rows) { return rows / kLanes<T> * kLanes<T>; }
   static T* column_at(const MatrixView& m, int64_t i) { return static_cast<T*>(m.data) + i; }
+
+  // Asks for the factor and the gradient of a chunk: to the hardware's prefetcher its columns are many short streams.
+  void fetch(int64_t i) const {
+    constexpr int64_t line = 64 / sizeof(T);
+    for (int64_t j = 0; i < end_ && j < r_; ++j) {
+      const T* gradient = column_at(job_.gradient, i) + j * job_.gradient.col_stride;
+      const T* factor = column_at(job_.factor, i) + j * job_.factor.col_stride;
+      for (int64_t k = 0; k < rows_from(i); k += line) {
+        __builtin_prefetch(gradient + k, 0, 2);
+        __builtin_prefetch(factor + k, 0, 2);
+      }
+    }
+  }
 
   T* slot(int64_t i) const { return panels_ + (kept_ ? (i - begin_) / layout_.chunk * r_ * layout_.leading : 0); }
 

@@ -261,8 +261,9 @@ class StellaAdamW(AdamW):
         )
 
     def _step_factors(self, active: list[Slot]) -> None:
+        state = self.state
         for slot in active:
-            if slot.follow(self.state.get(slot.parameter)):
+            if slot.follow(state.get(slot.parameter)):
                 self._plan = None
         plan = self._planned(active)
         gradients = [slot.gradient() for slot in active]
@@ -274,10 +275,12 @@ class StellaAdamW(AdamW):
             by_index = {slot.index: g for slot, g in zip(active, gradients, strict=True)}
             known = self._couplings.of_step({slot.index: slot.view for slot in active}, by_index)
         rates = [float(group["lr"]) for group in self.param_groups]
-        info = torch.empty(len(active), ops.INFO_COLUMNS, dtype=torch.float64)
+        infos = []
         for call in plan.calls:
             slots = [active[i] for i in call.positions]
-            call.hyperparameters[:, LR] = torch.tensor([rates[s.group] for s in slots], dtype=torch.float64)
+            if rates != call.rates:
+                call.hyperparameters[:, LR] = torch.tensor([rates[s.group] for s in slots], dtype=torch.float64)
+                call.rates = rates
             call.hyperparameters[:, STEP] = torch.tensor([s.step.item() + 1 for s in slots], dtype=torch.float64)
             rows = torch.ops.stella_kernels.stella_adamw_(
                 [s.view for s in slots],
@@ -288,7 +291,13 @@ class StellaAdamW(AdamW):
                 call.hyperparameters,
                 self.skip_nonfinite,
             )
-            info[call.positions] = rows.to(info.device)
+            infos.append(rows.cpu())
+        if len(infos) == 1:
+            info = infos[0]
+        else:
+            info = torch.empty(len(active), ops.INFO_COLUMNS, dtype=torch.float64)
+            for call, rows in zip(plan.calls, infos, strict=True):
+                info[call.positions] = rows
         self._finish(active, info)
 
     def _planned(self, active: list[Slot]) -> Plan:

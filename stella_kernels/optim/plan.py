@@ -84,6 +84,7 @@ class Call:
     def __init__(self, positions: list[int], rows: list[list[float]], unknown: Tensor) -> None:
         self.positions = positions
         self.hyperparameters = torch.tensor(rows, dtype=torch.float64)
+        self.rates: list[float] | None = None  # those of the groups, when the learning rates were last written
         self.unknown = unknown  # stands for a coupling that the operator is to compute
 
 
