@@ -74,7 +74,6 @@ class Slot:
                 f"beside the factor of {tuple(p.shape)}, {p.dtype} on {p.device}; move the optimizer's state along, or "
                 "load its state_dict again."
             )
-        moment = moment.detach()
         return moment.mT if self.factor.transposed else moment
 
 
