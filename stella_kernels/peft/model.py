@@ -121,6 +121,13 @@ class StellaModel(BaseTuner):
             self._check_merge(adapter_names, safe_merge)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused, by ``NotImplementedError``: a sum of adapters of rank r is no adapter of rank r on the manifolds."""
+        raise NotImplementedError(
+            "add_weighted_adapter: a weighted sum of StelLA adapters has no orthonormal factors of the same rank. Use "
+            "them together, `model.base_model.set_adapter([...])`, or merge them, `model.merge_adapter([...])`."
+        )
+
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         for layer in self.model.modules():
             if isinstance(layer, Linear):
