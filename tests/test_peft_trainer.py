@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from stella_kernels.nn import stiefel_factors
-from stella_kernels.optim import attach
+from stella_kernels.optim import StellaAdamW, attach
 from stella_kernels.peft import (
     StellaCallback,
     StellaConfig,
@@ -212,6 +212,36 @@ def test_callback_attaches_for_the_run_and_detaches_after_it(tmp_path):
         assert float((factors(model)[name] - wanted).abs().max()) < 0.02 * LEARNING_RATE, name
     assert callback.attachment is None
     assert not has_step_hooks(trainer.optimizer)
+
+
+@pytest.mark.parametrize("with_callback", [False, True])
+def test_a_fused_optimizer_trains_as_the_default_one_does(tmp_path, with_callback):
+    model, data = model_for_training(), examples()
+    twin, before = copy.deepcopy(model), factors(model)
+    optimizer = StellaAdamW(model, lr=LEARNING_RATE, weight_decay=0.1)
+    kind, settings = (Trainer, {"callbacks": [StellaCallback()]}) if with_callback else (StellaTrainer, {})
+    args = arguments(tmp_path, weight_decay=0.1)
+    kind(model=model, args=args, train_dataset=data, optimizers=(optimizer, None), **settings).train()
+    StellaTrainer(model=twin, args=args, train_dataset=data).train()
+    for name, wanted in factors(twin).items():
+        assert float((factors(model)[name] - wanted).abs().max()) < 0.02 * LEARNING_RATE, name
+        assert not torch.equal(factors(model)[name], before[name])
+    assert not has_step_hooks(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("configured", "message"),
+    [({"stella_retraction": "qr"}, "StellaAdamW.*'qr'"), ({"stella_grad_scaling": False}, r"width 32\.0, wanted None")],
+)
+def test_a_fused_optimizer_that_disagrees_with_the_adapter_is_refused(tmp_path, configured, message):
+    model = model_for_training(**configured)
+    before, optimizer = factors(model), StellaAdamW(model, lr=LEARNING_RATE)
+    trainer = StellaTrainer(
+        model=model, args=arguments(tmp_path), train_dataset=examples(), optimizers=(optimizer, None)
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert all(torch.equal(p, before[n]) for n, p in factors(model).items())
 
 
 def test_callback_refuses_weight_decay_and_its_advice_works(tmp_path):

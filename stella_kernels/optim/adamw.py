@@ -128,6 +128,11 @@ class StellaAdamW(AdamW):
         return tuple(slot.factor for slot in self._slots)
 
     @property
+    def hidden_size(self) -> float | None:
+        """The width d that moves are scaled with, None without scaling."""
+        return self._hidden_size
+
+    @property
     def coupled_reason(self) -> dict[str, str]:
         """With ``coupled``, why each factor that is not coupled is not, by name."""
         return {} if self._couplings is None else dict(self._couplings.reasons)

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..diagnostics import Recorder
 from ..nn import stiefel_factors
-from ..optim import attach
+from ..optim import StellaAdamW, attach, targets
 from ..optim.attach import Attachment
 from .config import StellaConfig
 from .layer import StellaLayer
@@ -40,6 +40,34 @@ def adapter_settings(model: nn.Module) -> tuple[str, bool | float, str]:
         )
     retraction, grad_scaling, geometry = settings[active[0]]
     return retraction, grad_scaling, geometry
+
+
+def retracts_by_itself(optimizer: torch.optim.Optimizer, model: nn.Module) -> bool:
+    """Whether ``optimizer`` is a ``StellaAdamW`` that constrains all trainable factors of ``model``: nothing to attach.
+
+    Raises:
+        ValueError: it does, but not with the retraction, geometry and scaling of the adapter's configuration.
+    """
+    inner = _unwrap_optimizer(optimizer)
+    if not isinstance(inner, StellaAdamW):
+        return False
+    own = {id(factor.parameter) for factor in inner.factors}
+    if not all(id(factor.parameter) in own for factor in stiefel_factors(model)):
+        return False  # attach says which factors are held by what
+    retraction, scaling, geometry = adapter_settings(model)
+    if (retraction, geometry) != ("polar", "stiefel"):
+        raise ValueError(
+            f"optimizer: found a StellaAdamW for an adapter configured with stella_retraction={retraction!r} and "
+            f"stella_geometry={geometry!r}, wanted 'polar' and 'stiefel', which it fuses; train with torch.optim.AdamW "
+            "instead, or configure the adapter so."
+        )
+    wanted = targets.hidden_size_of(model) if scaling is True else None if scaling is False else float(scaling)
+    if inner.hidden_size != wanted:
+        raise ValueError(
+            f"optimizer: found a StellaAdamW that scales by width {inner.hidden_size}, wanted {wanted}, of the "
+            f"adapter's stella_grad_scaling={scaling!r}; give both the same, StellaAdamW(grad_scaling={scaling!r})."
+        )
+    return True
 
 
 def attach_adapter(optimizer: torch.optim.Optimizer, model: nn.Module) -> Attachment:
@@ -79,7 +107,8 @@ class StellaTrainerMixin:
     """Mix in before any ``Trainer``: ``class MyTrainer(StellaTrainerMixin, SFTTrainer): ...``.
 
     ``U`` and ``V`` take no weight decay, and the optimizer keeps them on their manifolds with the retraction and
-    gradient scaling of the adapter's configuration. Works with transformers 4 and 5.
+    gradient scaling of the adapter's configuration. Works with transformers 4 and 5. A ``StellaAdamW`` over the model,
+    ``optimizers=(StellaAdamW(model, ...), None)``, retracts by itself and gets nothing attached.
     """
 
     attachment: Attachment | None = None
@@ -107,7 +136,8 @@ class StellaTrainerMixin:
         if inner is not self._attached_to:
             if self.attachment is not None:
                 self.attachment.remove()
-            self.attachment = attach_adapter(inner, self.model)  # type: ignore[attr-defined]
+            model: nn.Module = self.model  # type: ignore[attr-defined]
+            self.attachment = None if retracts_by_itself(inner, model) else attach_adapter(inner, model)
             self._attached_to = inner
         return optimizer
 
@@ -145,7 +175,7 @@ class StellaCallback(TrainerCallback):
                     "weight_decay=...), lr=...), None) to your Trainer; or train with weight_decay=0."
                 )
         self._detach()
-        self.attachment = attach_adapter(optimizer, model)
+        self.attachment = None if retracts_by_itself(optimizer, model) else attach_adapter(optimizer, model)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the optimizer as it was found."""
