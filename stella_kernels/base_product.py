@@ -16,7 +16,7 @@ _FEWEST_ROWS = 16  # below, widening the weight takes longer than torch's produc
 
 
 @functools.cache
-def _library_computes_in(dtype: torch.dtype) -> bool:
+def library_computes_in(dtype: torch.dtype) -> bool:
     """Whether torch's library has kernels for products in ``dtype`` on this CPU, or there is no telling."""
     names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
     if dtype not in names or not torch.backends.mkldnn.is_available():
@@ -27,7 +27,7 @@ def _library_computes_in(dtype: torch.dtype) -> bool:
 
 def accumulate_product(out: Tensor, left: Tensor, right: Tensor) -> None:
     """``out += left @ right`` in place: (T, n) += (T, k) (k, n), of one dtype; sums in float32 at least."""
-    if torch.compiler.is_compiling() or _library_computes_in(out.dtype) or out.shape[0] < _FEWEST_ROWS:
+    if torch.compiler.is_compiling() or library_computes_in(out.dtype) or out.shape[0] < _FEWEST_ROWS:
         out.addmm_(left, right)
         return
     for columns, block in zip(out.split(_BLOCK, 1), right.split(_BLOCK, 1), strict=True):

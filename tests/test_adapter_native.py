@@ -174,7 +174,7 @@ def test_base_product_in_half_precision(
     dtype: torch.dtype, transposed: bool, library: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks and what is left over of them, whichever way this machine would take."""
-    monkeypatch.setattr(base_product, "_library_computes_in", lambda dtype: library)
+    monkeypatch.setattr(base_product, "library_computes_in", lambda dtype: library)
     monkeypatch.setattr(base_product, "_BLOCK", 50)
     T, k, n = 120, 90, 70
     left, out = torch.randn(T, k).to(dtype), torch.randn(T, n).to(dtype)
