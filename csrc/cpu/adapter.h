@@ -124,6 +124,7 @@ void forward_rows(const AdapterForward& job, int64_t begin, int64_t end) {
     const T* V = static_cast<const T*>(job.V) + k / plan.columns * plan.block_elements;
     const bool direct = is_panel<T>(job.x) && !job.dropout.active && padded == count;
     for (int64_t i = 0; i < rows; i += kTileRows) {
+      fetch_rows(job.x, begin + i + kTileRows, end, k, count);
       if (direct && i + kTileRows <= rows) {
         const T* x = static_cast<const T*>(job.x.data) + (begin + i) * job.x.row_stride + k;
         dot_rows(x, job.x.row_stride, V, plan.leading, r, padded, s.sums + i * r, r);
@@ -154,6 +155,7 @@ void forward_rows(const AdapterForward& job, int64_t begin, int64_t end) {
   block_rows<T>(rows, r, [&](int64_t i, int64_t j) { return scale * P[i * plan.core_leading + j]; }, s.coefficients);
 
   const bool stream = job.stream && !job.accumulate && is_panel<float>(job.y) && std::is_same_v<T, float>;
+  const bool in_place = job.accumulate && !job.bias.data && is_panel<T>(job.y);
   for (int64_t k = 0; k < shape.m; k += plan.columns) {
     const int64_t count = shape.m - k < plan.columns ? shape.m - k : plan.columns, padded = padded_columns<T>(count);
     const T* U = static_cast<const T*>(job.U) + k / plan.columns * plan.block_elements;
@@ -164,6 +166,12 @@ void forward_rows(const AdapterForward& job, int64_t begin, int64_t end) {
     }
     for (int64_t i = 0; i < rows; i += kGroupRows) {
       const int64_t some = rows - i < kGroupRows ? rows - i : kGroupRows;
+      if (in_place && padded == count && some % kTileRows == 0) {
+        T* y = static_cast<T*>(job.y.data) + (begin + i) * job.y.row_stride + k;
+        combine<T>({U, r, plan.leading}, {nullptr, 0, 0}, s.coefficients + i * r, some, y, job.y.row_stride, y,
+                   job.y.row_stride, count);
+        continue;
+      }
       combine(U, r, plan.leading, s.coefficients + i * r, some, static_cast<const T*>(nullptr), s.result, plan.leading,
               padded);
       with_storage(job.y, [&](auto* data) {
@@ -216,6 +224,7 @@ void backward_rows(const AdapterBackward& job, int64_t begin, int64_t end, const
     for (int64_t i = 0; i < rows; i += kTileRows) {
       const int64_t some = rows - i < kTileRows ? rows - i : kTileRows;
       T* panel = s.panel + i * plan.leading;
+      fetch_rows(job.grad_y, begin + i + kTileRows, end, k, count);
       for (int64_t t = 0; t < some; ++t)
         pack_row(job.grad_y, begin + i + t, k, count, padded, nullptr, T(1), panel + t * plan.leading);
       if (need_Q)
@@ -250,6 +259,7 @@ void backward_rows(const AdapterBackward& job, int64_t begin, int64_t end, const
   const PhiloxKeys keys(job.dropout.seed);
   const T kept_scale = static_cast<T>(job.dropout.scale), beta = static_cast<T>(job.beta);
   const bool stream = job.stream && job.beta == 0.0 && is_panel<float>(job.grad_x) && std::is_same_v<T, float>;
+  const bool in_place = job.beta == 1.0 && need_input && is_panel<T>(job.grad_x) && !job.dropout.active;
   for (int64_t k = 0; k < shape.n; k += plan.columns) {
     const int64_t count = shape.n - k < plan.columns ? shape.n - k : plan.columns, padded = padded_columns<T>(count);
     const int64_t offset = k / plan.columns * plan.block_elements;
@@ -258,12 +268,23 @@ void backward_rows(const AdapterBackward& job, int64_t begin, int64_t end, const
       const uint32_t* masks[kGroupRows] = {};
       if (job.dropout.active)
         masks_of_rows(shape, job.dropout, keys, begin + i, some, k, count, mask_row, s.mask, masks);
+      for (int64_t t = 0; t < some; t += kTileRows) {
+        if (job.need_V) fetch_rows(job.x, begin + i + kGroupRows + t, end, k, count);
+        if (need_input && job.beta != 0.0) fetch_rows(job.grad_x, begin + i + kGroupRows + t, end, k, count);
+      }
       if (job.need_V)
         for (int64_t t = 0; t < some; ++t)
           pack_row(job.x, begin + i + t, k, count, padded, masks[t], kept_scale, s.panel + (i + t) * plan.leading);
       if (!need_input) continue;
-      combine(static_cast<const T*>(job.V) + offset, r, plan.leading, s.coefficients + i * r, some,
-              static_cast<const T*>(nullptr), s.result, plan.leading, padded);
+      const Terms<T> V = {static_cast<const T*>(job.V) + offset, r, plan.leading};
+      if (in_place && padded == count && some % kTileRows == 0) {
+        const int64_t stride = job.grad_x.row_stride;
+        T* to = static_cast<T*>(job.grad_x.data) + (begin + i) * stride + k;
+        combine<T>(V, {nullptr, 0, 0}, s.coefficients + i * r, some, to, stride, to, stride, count);
+        continue;
+      }
+      combine(V.columns, r, plan.leading, s.coefficients + i * r, some, static_cast<const T*>(nullptr), s.result,
+              plan.leading, padded);
       with_storage(job.grad_x, [&](auto* data) {
         for (int64_t t = 0; t < some; ++t) {
           auto* to = data + (begin + i + t) * job.grad_x.row_stride + k * job.grad_x.col_stride;

@@ -75,6 +75,16 @@ void pack_row(const MatrixView& x, int64_t row, int64_t begin, int64_t count, in
   for (int64_t i = count; i < padded; ++i) to[i] = T(0);
 }
 
+// Asks for columns [begin, begin + count) of up to four rows, which are read soon: short runs, far apart.
+STELLA_INLINE void fetch_rows(const MatrixView& x, int64_t row, int64_t end, int64_t begin, int64_t count) {
+  if (x.col_stride != 1) return;
+  const int64_t bytes = bytes_of(x.storage);
+  for (int64_t i = row; i < end && i < row + kTileRows; ++i) {
+    const char* from = static_cast<const char*>(x.data) + (i * x.row_stride + begin) * bytes;
+    for (int64_t b = 0; b < count * bytes; b += 64) __builtin_prefetch(from + b, 0, 2);
+  }
+}
+
 // Whether four rows of it are a tile as they lie in memory.
 template <typename T>
 bool is_panel(const MatrixView& x) {
