@@ -116,7 +116,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("what", nargs="?", choices=("all", "polar", "step", "adapter", "traffic"), default="all")
     parser.add_argument("--output", type=Path, default=Path("bench/results"), help="folder of the JSON and the plots")
-    parser.add_argument("--ranks", type=int, nargs="+", choices=RANKS, default=list(RANKS))
+    parser.add_argument("--ranks", type=int, nargs="+", choices=RANKS, help="default: all; of traffic 16 and 64")
     parser.add_argument(
         "--seconds", type=float, help="about how long a row is timed (default: 2.5 polar, 8 step and adapter)"
     )
@@ -125,13 +125,13 @@ def main() -> int:
     arguments = parser.parse_args()
 
     if arguments.what == "traffic":
-        return _traffic(tuple(arguments.ranks), arguments.output)
+        return _traffic(tuple(arguments.ranks or (16, 64)), arguments.output)
     machine = measure_machine()
     print(
         f"torch {torch.__version__}, {machine} (measured here). Medians of interleaved runs, ratios of the same round."
     )
     arguments.output.mkdir(parents=True, exist_ok=True)
-    ranks, every = tuple(arguments.ranks), True
+    ranks, every = tuple(arguments.ranks or RANKS), True
     if arguments.what in ("all", "polar"):
         every &= _polar(ranks, arguments.seconds or 2.5, machine, arguments.output)
     if arguments.what in ("all", "step"):

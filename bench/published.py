@@ -54,8 +54,8 @@ class PublishedGeometry:
     def _retract(self, *_: object) -> None:
         for group, Y in zip(self._groups, self._before, strict=True):
             delta = torch.stack([factor.view for factor in group]) - Y  # (B, n, r)
-            if self._hidden_size is not None:
-                delta = delta / math.sqrt(Y.shape[-2] / self._hidden_size)
+            if self._hidden_size is not None and Y.shape[-2] != self._hidden_size:
+                delta.div_(math.sqrt(Y.shape[-2] / self._hidden_size))
             product = Y.mT @ delta  # (B, r, r)
             delta = delta - Y @ (0.5 * (product + product.mT))
             P, _, Rt = torch.linalg.svd(Y + delta, full_matrices=False)

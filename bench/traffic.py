@@ -41,7 +41,7 @@ FLOOR_WORDS = {"coupling computed": 12, "coupling given": 11}
 
 @dataclass(frozen=True)
 class Chip:
-    """Published peak rates: vendor's data sheets, SXM modules, dense."""
+    """Published peak rates, SXM modules, dense: NVIDIA's data sheets of the H100 and of the A100 80 GB."""
 
     name: str
     bandwidth: float  # bytes/s
@@ -172,7 +172,7 @@ class _Operations(TorchDispatchMode):
 
 
 def published_step(r: int) -> tuple[Counter[str], Counter[str]]:
-    """Bytes and operations of the published geometry around torch's fused AdamW, for the model's factors in float32."""
+    """Bytes and operations of the published geometry around torch's AdamW, for the model's factors in float32."""
     with FakeTensorMode():
         factors = []
         for layer in range(LAYERS):
@@ -182,7 +182,8 @@ def published_step(r: int) -> tuple[Counter[str], Counter[str]]:
                     parameter = nn.Parameter(torch.empty(shape))
                     parameter.grad = torch.empty(shape)
                     factors.append(StiefelFactor(parameter, transposed, f"{layer}.{n}.{transposed}.{index}"))
-        optimizer = torch.optim.AdamW([f.parameter for f in factors], lr=5e-4, weight_decay=0.0, fused=True)
+        # The optimizer that its training script names, "adamw_torch", as torch runs it on a GPU.
+        optimizer = torch.optim.AdamW([f.parameter for f in factors], lr=5e-4, weight_decay=0.0, foreach=True)
         PublishedGeometry(optimizer, factors, HIDDEN_SIZE)
         optimizer.step()  # makes the moments
         with _Operations() as operations:
@@ -224,6 +225,11 @@ def report(ranks: Sequence[int]) -> tuple[list[dict[str, Any]], bool]:
                 f"{sum(published.values()) / 1e6:13.0f}{times:6.1f}{sum(operations.values()):11d}"
                 + "".join(f"  {1e3 * s:>{len(chip.name) + 7}.2f} ms" for s, chip in zip(seconds, CHIPS, strict=True))
             )
+            for name in moved.launches:
+                show(
+                    f"     {name:<20}{moved.loaded[name] / 1e6:9.1f} MB loaded {moved.stored[name] / 1e6:9.1f} MB "
+                    f"stored {moved.launches[name]:2d} launches"
+                )
             by_kernel = {n: [moved.loaded[n], moved.stored[n], moved.launches[n]] for n in moved.launches}
             rows.append(
                 {"r": r, "coupling": kind, "bytes": moved.bytes, "floor": floor, "launches": launches,

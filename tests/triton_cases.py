@@ -56,7 +56,14 @@ def small_tiles(case: Case) -> Callable[..., configuration.Tiles]:
     def tiles(R: int, dtype: torch.dtype) -> configuration.Tiles:
         part = 16 if R <= 32 else R // 2
         return replace(
-            defaults(R, dtype), block=block, chunk=2 * block, rows64=block, items=2, small=part, small64=part
+            defaults(R, dtype),
+            block=block,
+            long_block=block,
+            chunk=2 * block,
+            rows64=block,
+            items=2,
+            small=part,
+            small64=part,
         )
 
     return tiles

@@ -41,7 +41,7 @@ def report(chips: Sequence[str] = tuple(CHIPS), ranks: Sequence[int] = RANKS, on
     missed = 0
     for name in chips:
         chip = CHIPS[name]
-        for variant in variants(tuple(ranks), chip.target.backend):
+        for variant in variants(tuple(ranks), chip.target.backend, chip.target.arch):
             if only not in variant.name:
                 continue
             resources = compile_for(variant, chip)

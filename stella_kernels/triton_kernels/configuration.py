@@ -38,33 +38,67 @@ class Tiles:
     """Of the grouped kernels, for one padded rank R.
 
     ``chunk`` rows are one program's, ``block`` rows at a time; ``slab`` columns of the Gram blocks are one program's, R
-    where all three fit its registers; ``small`` and ``small64`` are the blocks of the r × r algebra.
+    where they fit its registers, and with ``halves`` those are held as two tiles of half the columns. Where ``slab`` is
+    less than R, no r × r matrix fits either: kernels that multiply by one read it anew for every ``long_block`` rows,
+    ``long_slab`` of its rows at a time. ``small`` and ``small64`` are
+    the blocks of the r × r algebra.
     """
 
     block: int
     chunk: int
     slab: int
+    halves: bool
+    long_block: int
+    long_slab: int
     small: int
     small64: int
     rows64: int
     warps: int
     solve_warps: int
-    fused: bool  # whether the pass that advances the moments also accumulates the Gram blocks
     items: int = 64  # of a factor, summed at a time
+
+    def streaming(self, R: int) -> dict[str, int]:
+        """Of a kernel that multiplies tiles of rows by an r × r matrix."""
+        if self.slab == R:
+            return {"BLOCK": self.block, "SLAB": R}
+        return {"BLOCK": self.long_block, "SLAB": self.long_slab}
 
 
 def tiles_for(R: int, dtype: torch.dtype) -> Tiles:
     """The defaults. A chunk of 64 R rows keeps the partial Gram matrices under 5 % of the factors."""
-    chunk = min(8192, max(1024, 64 * R))
-    block = {16: 32, 32: 16, 64: 16, 128: 16}[R]
     few = R <= 32
-    return Tiles(block, chunk, R if few else 32, 16 if few else 32, 16, 16, 4 if few else 8, 8, few)
+    slab = R if few or (R == 64 and arithmetic(dtype) == torch.float32) else 32
+    return Tiles(
+        block=32 if R == 16 else 16,
+        chunk=min(8192, max(1024, 64 * R)),
+        slab=slab,
+        halves=slab == 64,
+        long_block=32,
+        long_slab=16,
+        small=16 if few else 32,
+        small64=16,
+        rows64=16,
+        warps=4 if few else 8,
+        solve_warps=8,
+    )
+
+
+_GREEDY = {"maxnreg": 255}
 
 
 def solve_options(backend: str, KIND: int, R: int) -> dict[str, int]:
     """Left alone, ptxas spills from these solves to fit more of their blocks at once, of which there are few."""
-    greedy = KIND == POLAR or (KIND == RETRACT and R == 32)
-    return {"maxnreg": 255} if backend == "cuda" and greedy else {}
+    return _GREEDY if backend == "cuda" and (KIND == POLAR or (KIND == RETRACT and R == 32)) else {}
+
+
+def lays_apart(arch: object) -> bool:
+    """Whether the moments' product is laid out apart from the Gram blocks': on sm_90 they spill together."""
+    return arch == 90
+
+
+def gram_options(backend: str, KIND: int, R: int) -> dict[str, int]:
+    """As :func:`solve_options`: a few registers more than ptxas stops at by itself."""
+    return _GREEDY if backend == "cuda" and KIND == RETRACT and R == 16 else {}
 
 
 PRECISIONS = ("tf32x3", "ieee", "tf32")

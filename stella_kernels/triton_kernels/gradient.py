@@ -11,7 +11,6 @@ from .tiles import (
     MOVE,
     ROW,
     add_apart,
-    load_slab,
     load_square,
     load_tile,
     product,
@@ -19,6 +18,7 @@ from .tiles import (
     store_square,
     store_tile,
     sum_partials,
+    times_square,
 )
 from .tiles import where_of as where_of
 
@@ -140,18 +140,17 @@ def subtract_kernel(
         columns = tl.arange(0, R)
         for start in range(begin, tl.minimum(begin + CHUNK, n), BLOCK):
             rows = rows_from(begin, start, BLOCK)
-            y = load_tile(table, factor, 1, begin, rows, columns, n, r, ELEMENT, TO, INDEX)  # (BLOCK, R)
+            if SLAB == R or SNAPSHOTS:
+                y = load_tile(table, factor, 1, begin, rows, columns, n, r, ELEMENT, TO, INDEX)  # (BLOCK, R)
             if SNAPSHOTS:
                 store_tile(table, factor, 2, begin, rows, columns, n, r, y, ELEMENT, INDEX)
             if moves:
                 if SLAB == R:
-                    g = load_tile(table, factor, 0, begin, rows, columns, n, r, ELEMENT, TO, INDEX)  # (BLOCK, R)
-                    g -= product(y, K, PRECISION, TO)
-                    store_tile(table, factor, 0, begin, rows, columns, n, r, g, ELEMENT, INDEX)
+                    along = product(y, K, PRECISION, TO)
                 else:
-                    for first in range(0, R, SLAB):
-                        slab = first + tl.arange(0, SLAB)
-                        Ks = load_slab(couplings + factor * (R * R), first, r, R, SLAB, TO)
-                        g = load_tile(table, factor, 0, begin, rows, slab, n, r, ELEMENT, TO, INDEX)  # (BLOCK, SLAB)
-                        g -= product(y, Ks, PRECISION, TO)
-                        store_tile(table, factor, 0, begin, rows, slab, n, r, g, ELEMENT, INDEX)
+                    along = times_square(
+                        *(table, factor, 1, begin, rows, n, r, couplings + factor * (R * R)),
+                        *(ELEMENT, TO, PRECISION, INDEX, R, SLAB, BLOCK),
+                    )
+                g = load_tile(table, factor, 0, begin, rows, columns, n, r, ELEMENT, TO, INDEX)  # (BLOCK, R)
+                store_tile(table, factor, 0, begin, rows, columns, n, r, g - along, ELEMENT, INDEX)

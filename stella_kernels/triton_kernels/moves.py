@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import load_tile, product, store_tile
+from .tiles import load_tile, store_tile
 
 # What a grouped pass retracts, and its tensors in the table: POLAR: M, Q; RETRACT: moved, previous;
 # ADAMW: Y, ∇, m, v, and the steps where the moments' storage would round them.
@@ -64,17 +64,17 @@ def load_move(
 
 @triton.jit
 def advance(
-    table, factor, settings, constants, y, K, start, rows, columns, n, r, STEPS: tl.constexpr, ELEMENT: tl.constexpr,
-    TO: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr
+    table, factor, settings, constants, along, start, rows, columns, n, r, STEPS: tl.constexpr, ELEMENT: tl.constexpr,
+    TO: tl.constexpr, INDEX: tl.constexpr
 ):  # fmt: skip
-    """Take the moments of a tile one step on, with g = sign (∇ − Y K); returns Δ.
+    """Take the moments of a tile one step on, with g = sign (∇ − ``along``), where that is Y K; returns Δ.
 
-    ``y`` has every column of the rows, and K those of the tile; ``constants`` are of :func:`rate_and_correction`.
+    ``constants`` are of :func:`rate_and_correction`.
     """
     g = load_tile(table, factor, 1, start, rows, columns, n, r, ELEMENT, TO, INDEX)
     row = settings + factor * _SETTINGS
     beta1, beta2 = tl.load(row + 1), tl.load(row + 2)
-    g = (g - product(y, K, PRECISION, TO)) * tl.load(row + 6).to(TO)
+    g = (g - along) * tl.load(row + 6).to(TO)
     tl.debug_barrier()  # the product's registers are free before the moments are addressed
     m = load_tile(table, factor, 2, start, rows, columns, n, r, ELEMENT, TO, INDEX)
     v = load_tile(table, factor, 3, start, rows, columns, n, r, ELEMENT, TO, INDEX)

@@ -7,7 +7,19 @@ import triton
 import triton.language as tl
 
 from .moves import ADAMW, POLAR, advance, load_move, rate_and_correction
-from .tiles import MOVE, add_apart, load_slab, load_square, load_tile, product, rows_from, store_tile, where_of
+from .tiles import (
+    MOVE,
+    add_apart,
+    load_rows,
+    load_square,
+    load_tile,
+    product,
+    product_apart,
+    rows_from,
+    store_tile,
+    times_square,
+    where_of,
+)
 
 _ADAMW = tl.constexpr(ADAMW)
 _POLAR = tl.constexpr(POLAR)
@@ -28,6 +40,8 @@ def gram_kernel(
     KIND: tl.constexpr,
     ADVANCE: tl.constexpr,
     GRAM: tl.constexpr,
+    HALVES: tl.constexpr,
+    APART: tl.constexpr,
     STEPS: tl.constexpr,
     ELEMENT: tl.constexpr,
     TO: tl.constexpr,
@@ -52,9 +66,14 @@ def gram_kernel(
         proceed = (tl.load(state + factor) == _MOVE) & ((tl.load(refused) == 0) | (skip != 0))
     if proceed:
         columns, slab = tl.arange(0, R), first + tl.arange(0, SLAB)
-        C = tl.zeros((R, SLAB), dtype=TO)
-        A = tl.zeros((R, SLAB), dtype=TO)
-        D = tl.zeros((R, SLAB), dtype=TO)
+        # [Y Δ]ᵀ Y and [Y Δ]ᵀ Δ, of POLAR MᵀM alone, each as one tile or as two of half the columns
+        TALL: tl.constexpr = R if KIND == _POLAR else 2 * R
+        WIDTH: tl.constexpr = SLAB // 2 if HALVES else SLAB
+        C = tl.zeros((TALL, WIDTH), dtype=TO)
+        D = tl.zeros((TALL, WIDTH), dtype=TO)
+        if HALVES:
+            C2 = tl.zeros((TALL, WIDTH), dtype=TO)
+            D2 = tl.zeros((TALL, WIDTH), dtype=TO)
         at = couplings + factor * (R * R)
         if ADVANCE:
             constants = rate_and_correction(settings, factor, TO)
@@ -63,19 +82,16 @@ def gram_kernel(
         for start in range(begin, tl.minimum(begin + CHUNK, n), BLOCK):
             rows = rows_from(begin, start, BLOCK)
             if ADVANCE:
-                y = load_tile(table, factor, 0, begin, rows, columns, n, r, ELEMENT, TO, INDEX)
                 if SLAB == R:
-                    d = advance(
-                        *(table, factor, settings, constants, y, K, begin, rows, columns),
-                        *(n, r, STEPS, ELEMENT, TO, PRECISION, INDEX),
-                    )
+                    y = load_tile(table, factor, 0, begin, rows, columns, n, r, ELEMENT, TO, INDEX)
+                    along = product_apart(y, K, one, PRECISION, TO) if APART else product(y, K, PRECISION, TO)
                 else:
-                    for part in range(0, R, SLAB):
-                        Ks = load_slab(at, part, r, R, SLAB, TO)
-                        advance(
-                            *(table, factor, settings, constants, y, Ks, begin, rows, part + tl.arange(0, SLAB)),
-                            *(n, r, STEPS, ELEMENT, TO, PRECISION, INDEX),
-                        )
+                    along = times_square(
+                        table, factor, 0, begin, rows, n, r, at, ELEMENT, TO, PRECISION, INDEX, R, SLAB, BLOCK
+                    )
+                d = advance(
+                    table, factor, settings, constants, along, begin, rows, columns, n, r, STEPS, ELEMENT, TO, INDEX
+                )
             else:
                 y, d = load_move(table, factor, settings, begin, rows, columns, n, r, KIND, STEPS, ELEMENT, TO, INDEX)
             if GRAM:
@@ -85,20 +101,57 @@ def gram_kernel(
                     ys, ds = load_move(
                         table, factor, settings, begin, rows, slab, n, r, KIND, STEPS, ELEMENT, TO, INDEX
                     )
-                yt = tl.trans(y)
-                C = add_apart(C, product(yt, ys, PRECISION, TO), one)
-                if KIND != _POLAR:
-                    tl.debug_barrier()  # one product's operands are in registers at a time
-                    A = add_apart(A, product(yt, ds, PRECISION, TO), one)
+                xt = tl.trans(y) if KIND == _POLAR else tl.trans(beside(y, d))
+                if HALVES:
+                    y1, y2 = halves(ys)
+                    d1, d2 = halves(ds)
+                    C, D = accumulate(C, D, xt, y1, d1, one, KIND, PRECISION, TO)
                     tl.debug_barrier()
-                    D = add_apart(D, product(tl.trans(d), ds, PRECISION, TO), one)
+                    C2, D2 = accumulate(C2, D2, xt, y2, d2, one, KIND, PRECISION, TO)
+                else:
+                    C, D = accumulate(C, D, xt, ys, ds, one, KIND, PRECISION, TO)
         if GRAM:
-            mask = (columns < r)[:, None] & (slab < r)[None, :]
-            at = partials + item * (3 * R * R) + columns[:, None] * R + slab[None, :]
-            tl.store(at, C, mask=mask)
-            if KIND != _POLAR:
-                tl.store(at + R * R, A, mask=mask)
-                tl.store(at + 2 * R * R, D, mask=mask)
+            at = partials + item * (3 * R * R)
+            part = first + tl.arange(0, WIDTH)
+            store_blocks(at, C, D, part, r, KIND, R)
+            if HALVES:
+                store_blocks(at, C2, D2, part + WIDTH, r, KIND, R)
+
+
+@triton.jit
+def beside(a, b):
+    """[a b], of two tiles of one shape."""
+    ROWS: tl.constexpr = a.shape[0]
+    WIDTH: tl.constexpr = a.shape[1]
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (ROWS, 2 * WIDTH))
+
+
+@triton.jit
+def halves(x):
+    """The left and the right half of a tile's columns."""
+    ROWS: tl.constexpr = x.shape[0]
+    WIDTH: tl.constexpr = x.shape[1]
+    return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, WIDTH // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def accumulate(C, D, xt, ys, ds, one, KIND: tl.constexpr, PRECISION: tl.constexpr, TO: tl.constexpr):
+    """C + XᵀYₛ and D + XᵀΔₛ of a tile of rows; of POLAR the first alone."""
+    C = add_apart(C, product(xt, ys, PRECISION, TO), one)
+    if KIND != _POLAR:
+        tl.debug_barrier()  # one product's operands are in registers at a time
+        D = add_apart(D, product(xt, ds, PRECISION, TO), one)
+    return C, D
+
+
+@triton.jit
+def store_blocks(at, C, D, columns, r, KIND: tl.constexpr, R: tl.constexpr):
+    """Columns of YᵀY, YᵀΔ and ΔᵀΔ of an item; ΔᵀY, of which C has the lower half, is the second's transpose."""
+    rows = tl.arange(0, C.shape[0])
+    at += rows[:, None] * R + columns[None, :]
+    tl.store(at, C, mask=(rows < r)[:, None] & (columns < r)[None, :])
+    if KIND != _POLAR:
+        tl.store(at + R * R, D, mask=(rows % R < r)[:, None] & (columns < r)[None, :])
 
 
 @triton.jit
@@ -133,28 +186,20 @@ def update_kernel(
                 W = load_square(at, r, R, TO)
         for start in range(begin, tl.minimum(begin + CHUNK, n), BLOCK):
             rows = rows_from(begin, start, BLOCK)
+            if SLAB != R:
+                new = tl.zeros((BLOCK, R), dtype=TO)
+                for first in range(0, R, SLAB):
+                    part = first + tl.arange(0, SLAB)
+                    y, d = load_move(table, factor, settings, begin, rows, part, n, r, KIND, STEPS, ELEMENT, TO, INDEX)
+                    new += product(d, load_rows(at + R * R, first, r, R, SLAB, TO), PRECISION, TO)
+                    if KIND != _POLAR:
+                        tl.debug_barrier()  # as in gram_kernel: one product's operands at a time
+                        new += product(y, load_rows(at, first, r, R, SLAB, TO), PRECISION, TO)
             y, d = load_move(table, factor, settings, begin, rows, columns, n, r, KIND, STEPS, ELEMENT, TO, INDEX)
             if SLAB == R:
                 new = product(d, F, PRECISION, TO)
-                if KIND == _POLAR:
-                    new = (d + new) * scale
-                else:
+                if KIND != _POLAR:
                     new += product(y, W, PRECISION, TO)
-                    new = scale * y + (scale * d + new)
-                tl.debug_barrier()  # a row's every column is read before one of them is written
-                store_tile(table, factor, 1 if KIND == _POLAR else 0, begin, rows, columns, n, r, new, ELEMENT, INDEX)
-            else:
-                for first in range(0, R, SLAB):
-                    slab = first + tl.arange(0, SLAB)  # columns that are not written yet
-                    ys, ds = load_move(
-                        *(table, factor, settings, begin, rows, slab, n, r, KIND, STEPS, ELEMENT, TO, INDEX)
-                    )
-                    new = product(d, load_slab(at + R * R, first, r, R, SLAB, TO), PRECISION, TO)
-                    tl.debug_barrier()  # as in gram_kernel: one product's operands at a time
-                    if KIND == _POLAR:
-                        new = (ds + new) * scale
-                    else:
-                        new += product(y, load_slab(at, first, r, R, SLAB, TO), PRECISION, TO)
-                        new = scale * ys + (scale * ds + new)
-                    tl.debug_barrier()
-                    store_tile(table, factor, 1 if KIND == _POLAR else 0, begin, rows, slab, n, r, new, ELEMENT, INDEX)
+            new = (d + new) * scale if KIND == _POLAR else scale * y + (scale * d + new)
+            tl.debug_barrier()  # a row's every column is read before one of them is written
+            store_tile(table, factor, 1 if KIND == _POLAR else 0, begin, rows, columns, n, r, new, ELEMENT, INDEX)

@@ -30,6 +30,14 @@ def target_backend() -> str:
     return str(triton.runtime.driver.active.get_current_target().backend)
 
 
+@lru_cache(maxsize=1)
+def target_arch() -> object:
+    """The compute capability times ten, AMD's name of an architecture, or nothing where kernels are interpreted."""
+    if target_backend() == "interpreter":
+        return None
+    return triton.runtime.driver.active.get_current_target().arch
+
+
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device and stream: make it the tensor's device."""
     return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
@@ -74,7 +82,6 @@ def _retract(
     couplings: Tensor | None = None, STEPS: bool = False
 ) -> None:  # fmt: skip
     """Gram blocks, solve, update: three launches, four where the moments are advanced by one of their own."""
-    common = _common(table)
     R, tiles = table.R, table.tiles
     partials = table.scratch(table.count, 3, R, R)
     coefficients = table.scratch(table.factors, 2, R, R)
@@ -82,13 +89,19 @@ def _retract(
     programs = min(table.factors, PROGRAMS)
     workspace = table.scratch(programs, WORKSPACE, R, R, dtype=torch.float64)
     given = couplings if couplings is not None else partials
-    gram = {"KIND": KIND, "STEPS": STEPS, **common}
+    gram = {"KIND": KIND, "STEPS": STEPS, "SLAB": tiles.slab, **_common(table)}
+    APART = tiles.halves and configuration.lays_apart(target_arch())
     inputs = (table.items, table.rows, settings, given, state, refused, partials, 1.0, int(skip))
+    greedy = configuration.gram_options(target_backend(), KIND, R)
     advance = KIND == ADAMW
-    if advance and not tiles.fused:
-        gram_kernel[(table.count, 1)](*inputs, ADVANCE=True, GRAM=False, SLAB=tiles.slab, **gram)
+    if advance and tiles.slab < R:
+        gram_kernel[(table.count, 1)](
+            *inputs, ADVANCE=True, GRAM=False, HALVES=False, APART=False, **gram | tiles.streaming(R)
+        )
         advance = False
-    gram_kernel[(table.count, R // tiles.slab)](*inputs, ADVANCE=advance, GRAM=True, SLAB=tiles.slab, **gram)
+    gram_kernel[(table.count, R // tiles.slab)](
+        *inputs, ADVANCE=advance, GRAM=True, HALVES=tiles.halves, APART=APART, **gram, **greedy
+    )
     solve_kernel[(programs,)](
         *(table.rows, settings, partials, coefficients, scales, state, refused, workspace, info),
         *(table.factors, int(skip), torch.finfo(arithmetic(table.dtype)).eps / 2),
@@ -97,7 +110,7 @@ def _retract(
         **configuration.solve_options(target_backend(), KIND, R),
     )
     update_kernel[(table.count,)](
-        table.items, table.rows, settings, coefficients, scales, state, SLAB=tiles.slab, **gram
+        table.items, table.rows, settings, coefficients, scales, state, **gram | tiles.streaming(R)
     )
 
 
@@ -121,8 +134,7 @@ def riemannian_gradient_(gradients: list[Tensor], factors: list[Tensor], snapsho
         subtract_kernel[(table.count,)](
             *(table.items, table.rows, couplings, state, refused),
             SNAPSHOTS=bool(snapshots),
-            SLAB=table.tiles.slab,
-            **_common(table, gradient=True),
+            **_common(table, gradient=True) | table.tiles.streaming(table.R),
         )
     return info
 
@@ -161,7 +173,7 @@ def stella_adamw_(
     hyperparameters: Tensor,
     skip_nonfinite: bool,
 ) -> Tensor:
-    """The whole step: five launches, six past rank 32; ``info`` stays on the device."""
+    """The whole step: five launches, six past rank 64; ``info`` stays on the device."""
     # Moments of half the width are rounded when stored: the steps that the Gram blocks saw are kept beside them.
     steps = factors[0].dtype in (torch.bfloat16, torch.float16)
     table = table_of([factors, gradients, exp_avgs, exp_avg_sqs], couplings, steps)

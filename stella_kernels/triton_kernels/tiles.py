@@ -131,6 +131,33 @@ def add_apart(total, term, one):
 
 
 @triton.jit
+def product_apart(a, b, one, PRECISION: tl.constexpr, TO: tl.constexpr):
+    """:func:`product`, in a region of its own, entered always (``one`` = 1, known only at run time).
+
+    Products that share an operand or follow from one another are otherwise laid out alike, all warps along the rows,
+    and a tile of 16 rows is then computed by every warp.
+    """
+    value = tl.zeros((a.shape[0], b.shape[1]), dtype=TO)
+    if one > 0.0:
+        value = product(a, b, PRECISION, TO)
+    return value
+
+
+@triton.jit
+def times_square(
+    table, factor, tensor: tl.constexpr, begin, rows, n, r, matrix, ELEMENT: tl.constexpr, TO: tl.constexpr,
+    PRECISION: tl.constexpr, INDEX: tl.constexpr, R: tl.constexpr, SLAB: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """A tile of rows of a factor's tensor times an (r, r) matrix that is read anew, SLAB of its rows at a time."""
+    total = tl.zeros((BLOCK, R), dtype=TO)
+    for first in range(0, R, SLAB):
+        part = first + tl.arange(0, SLAB)
+        tile = load_tile(table, factor, tensor, begin, rows, part, n, r, ELEMENT, TO, INDEX)  # (BLOCK, SLAB)
+        total += product(tile, load_rows(matrix, first, r, R, SLAB, TO), PRECISION, TO)
+    return total
+
+
+@triton.jit
 def where_of(table, items):
     """Of this program's item: factor, n, r, its rows [begin, end)."""
     item = tl.program_id(0).to(tl.int64)
@@ -159,9 +186,9 @@ def load_square(base, r, R: tl.constexpr, TO: tl.constexpr):
 
 
 @triton.jit
-def load_slab(base, first, r, R: tl.constexpr, SLAB: tl.constexpr, TO: tl.constexpr):
-    """Columns [first, first + SLAB) of an (r, r) matrix of leading dimension R, zero outside."""
-    i, j = tl.arange(0, R), first + tl.arange(0, SLAB)
+def load_rows(base, first, r, R: tl.constexpr, SLAB: tl.constexpr, TO: tl.constexpr):
+    """Rows [first, first + SLAB) of an (r, r) matrix of leading dimension R, zero outside."""
+    i, j = first + tl.arange(0, SLAB), tl.arange(0, R)
     return tl.load(base + i[:, None] * R + j[None, :], mask=(i < r)[:, None] & (j < r)[None, :], other=0.0).to(TO)
 
 
