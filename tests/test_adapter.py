@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from stella_kernels import stella_adapter, stella_linear
+from stella_kernels import autograd, stella_adapter, stella_linear
 from stella_kernels.reference import adapter, philox
 
 KERNELS = torch.ops.stella_kernels
@@ -271,6 +271,15 @@ def test_dropout_of_zero_and_one() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_against_reference(case: Case, dtype: torch.dtype, run: Callable[[Layer], Tensor]) -> None:
     check(run, make(case, dtype))
+
+
+@pytest.mark.parametrize("adapter_first", [False, True])
+@pytest.mark.parametrize("case", CASES[:3])
+def test_either_order_of_base_and_adapter(case: Case, adapter_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autograd, "_FEW_WEIGHTS", 1 << 62 if adapter_first else 0)
+    first = autograd._adapter_goes_first(torch.empty(2, 3), torch.empty(4, 3))
+    assert first is adapter_first
+    check(run_linear, make(case, torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
