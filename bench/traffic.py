@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -65,8 +65,12 @@ class Moved:
         return sum(self.loaded.values()) + sum(self.stored.values())
 
 
+# Told of each access: of which launch, whether it stores, addresses of its unmasked elements, bytes of an element.
+Watcher = Callable[[int, bool, Any, int], None]
+
+
 @contextmanager
-def counting() -> Iterator[Moved]:
+def counting(watch: Watcher | None = None) -> Iterator[Moved]:
     """Count what Triton's interpreter loads and stores inside, by kernel."""
     from triton.runtime import interpreter
 
@@ -76,11 +80,14 @@ def counting() -> Iterator[Moved]:
     moved = Moved(Counter(), Counter(), Counter())
     running = [""]
 
-    def size(pointers: Any, mask: Any) -> int:
-        return int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
+    def size(pointers: Any, mask: Any, stores: bool = True) -> int:
+        element = pointers.get_element_ty().primitive_bitwidth // 8
+        if watch is not None:
+            watch(sum(moved.launches.values()), stores, pointers.data[mask.data], element)
+        return int(mask.data.sum()) * element
 
     def load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        moved.loaded[running[0]] += size(pointers, mask)
+        moved.loaded[running[0]] += size(pointers, mask, stores=False)
         return kept["create_masked_load"](self, pointers, mask, *rest)
 
     def store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
@@ -186,8 +193,13 @@ def published_step(r: int) -> tuple[Counter[str], Counter[str]]:
         optimizer = torch.optim.AdamW([f.parameter for f in factors], lr=5e-4, weight_decay=0.0, foreach=True)
         PublishedGeometry(optimizer, factors, HIDDEN_SIZE)
         optimizer.step()  # makes the moments
-        with _Operations() as operations:
-            optimizer.step()
+        return operations_of(optimizer.step)
+
+
+def operations_of(call: Callable[[], object]) -> tuple[Counter[str], Counter[str]]:
+    """Bytes in and out of the torch operations that ``call`` runs, and how many of them there are."""
+    with _Operations() as operations:
+        call()
     return operations.bytes, operations.count
 
 
@@ -196,9 +208,9 @@ def step_flops(elements: int, r: int) -> float:
     return elements * r * (2 + 2 + 6 + 4)
 
 
-def predicted_seconds(chip: Chip, moved: Moved, flops: float) -> float:
-    """The longer of bytes at the peak bandwidth and flops at a third of tf32's peak (tf32x3), and the launches."""
-    return max(moved.bytes / chip.bandwidth, flops * 3 / chip.tf32) + sum(moved.launches.values()) * LAUNCH_SECONDS
+def predicted_seconds(chip: Chip, moved: int, launches: int, computing: float) -> float:
+    """The longer of bytes at the peak bandwidth and ``computing`` seconds, and the launches."""
+    return max(moved / chip.bandwidth, computing) + launches * LAUNCH_SECONDS
 
 
 def report(ranks: Sequence[int]) -> tuple[list[dict[str, Any]], bool]:
@@ -219,7 +231,10 @@ def report(ranks: Sequence[int]) -> tuple[list[dict[str, Any]], bool]:
             floor = 4 * words * elements
             launches = sum(moved.launches.values())
             times = sum(published.values()) / moved.bytes
-            seconds = [predicted_seconds(chip, moved, step_flops(elements, r)) for chip in CHIPS]
+            computing = [3 * step_flops(elements, r) / chip.tf32 for chip in CHIPS]  # a product is three of tf32
+            seconds = [
+                predicted_seconds(chip, moved.bytes, launches, c) for chip, c in zip(CHIPS, computing, strict=True)
+            ]
             show(
                 f"{r:4d} {kind:<20}{moved.bytes / 1e6:9.0f}{launches:9d}{moved.bytes / floor:9.2f}"
                 f"{sum(published.values()) / 1e6:13.0f}{times:6.1f}{sum(operations.values()):11d}"
@@ -252,13 +267,16 @@ def report(ranks: Sequence[int]) -> tuple[list[dict[str, Any]], bool]:
 
 def main() -> int:
     """``python -m bench.traffic FOLDER RANKS`` under TRITON_INTERPRET=1; 1 where a promise was missed."""
-    output = Path(sys.argv[1])
-    rows, kept = report([int(rank) for rank in sys.argv[2:]])
+    from bench import adapter_traffic  # which imports this module's counters
+
+    output, ranks = Path(sys.argv[1]), [int(rank) for rank in sys.argv[2:]]
+    adapter, adapter_kept = adapter_traffic.report(ranks)
+    step, step_kept = report(ranks)
     output.mkdir(parents=True, exist_ok=True)
     path = output / "traffic.json"
-    path.write_text(json.dumps(rows, indent=1) + "\n")
+    path.write_text(json.dumps({"adapter": adapter, "step": step}, indent=1) + "\n")
     print(f"written: {path}")
-    return int(not kept)
+    return int(not (adapter_kept and step_kept))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ def small_tiles(kernel: str, R: int, dtype: torch.dtype) -> PassTiles:
 
 def use_small_tiles() -> None:
     adapter_configuration.default_tiles = small_tiles
-    adapter_operators.CORE_ROWS = 16
     adapter_operators.SUM_ITEMS = 64
     adapter_operators.DROPOUT_TILE = (16, 32)
 

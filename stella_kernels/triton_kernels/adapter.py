@@ -149,6 +149,7 @@ def core_kernel(
     splits,
     s_row,
     s_column,
+    scale: tl.float64,
     OPERAND: tl.constexpr,
     TO: tl.constexpr,
     CORE: tl.constexpr,
@@ -157,11 +158,11 @@ def core_kernel(
     R: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """ROWS rows of A, the sum of ``partials`` (splits, T, r), and of P = A Sᵀ; without KEEP of P alone."""
+    """ROWS rows of A, ``scale`` times the sum of ``partials`` (splits, T, r), and of P = A Sᵀ; without KEEP P alone."""
     start = tl.program_id(0).to(tl.int64) * ROWS
     rows = tl.arange(0, ROWS)
     left = tl.minimum(T - start, ROWS).to(tl.int32)
-    total = load_sum(partials, splits, start, rows, left, T, r, R, TO)
+    total = tl.full((1, 1), scale, TO) * load_sum(partials, splits, start, rows, left, T, r, R, TO)
     store_projection(total, S, A, P, start, rows, left, r, s_row, s_column, OPERAND, TO, CORE, DIAGONAL, R, KEEP)
 
 

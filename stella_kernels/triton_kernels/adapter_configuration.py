@@ -8,8 +8,6 @@ import torch
 
 from .configuration import precision
 
-CORE_ROWS = 64  # of the kernels over (T, r) temporaries
-CORE_WARPS = 4
 SUM_ITEMS = 1024  # of a gradient, a program's share of the last sums
 DROPOUT_TILE = (16, 256)
 
@@ -28,18 +26,29 @@ class PassTiles:
     programs: int = 128
 
 
+# (rows, columns, warps, stages) by padded rank. As large as no chip's compiler spills and 99 KiB of shared memory hold,
+# see ``compile-report``; a float32 product is three of tf32, and takes as many more registers.
+_HALF = {
+    "project": {16: (128, 64, 8, 3), 32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (64, 64, 8, 2)},
+    "core": {16: (64, 0, 4, 2), 32: (64, 0, 4, 2), 64: (64, 0, 4, 2), 128: (16, 0, 8, 2)},
+    "accumulate": {16: (64, 128, 8, 3), 32: (64, 128, 8, 3), 64: (64, 128, 8, 3), 128: (64, 128, 8, 3)},
+    "contract": {16: (64, 256, 8, 2), 32: (64, 256, 8, 2), 64: (64, 128, 8, 2), 128: (64, 64, 8, 2)},
+    "spread": {16: (64, 128, 8, 2), 32: (64, 128, 8, 3), 64: (64, 128, 8, 2), 128: (64, 64, 8, 2)},
+}
+_FLOAT32 = {
+    "project": {16: (128, 32, 8, 3), 32: (128, 32, 8, 3), 64: (64, 32, 8, 3), 128: (64, 32, 8, 3)},
+    "core": {16: (64, 0, 4, 2), 32: (32, 0, 4, 2), 64: (32, 0, 8, 2), 128: (16, 0, 8, 2)},
+    "accumulate": {16: (64, 64, 8, 3), 32: (64, 64, 8, 3), 64: (64, 64, 8, 2), 128: (32, 32, 8, 2)},
+    "contract": {16: (32, 128, 8, 3), 32: (32, 64, 8, 3), 64: (32, 32, 4, 3), 128: (32, 32, 8, 2)},
+    "spread": {16: (32, 64, 8, 2), 32: (32, 64, 8, 2), 64: (16, 32, 4, 2), 128: (16, 16, 4, 2)},
+}
+
+
 def default_tiles(kernel: str, R: int, dtype: torch.dtype) -> PassTiles:
-    """What runs where nothing was measured."""
-    half = dtype.itemsize == 2
-    if kernel == "project":
-        tiles = PassTiles(128, 64 if half else 32, 8, 3)
-    elif kernel == "accumulate":
-        tiles = PassTiles(64, 128 if half else 64, 8, 3)
-    elif kernel == "contract":
-        tiles = PassTiles(64, 256 if R <= 32 else 128, 8, 2) if half else PassTiles(32, 128, 8, 3)
-    else:
-        tiles = PassTiles(64, 128 if half and R <= 64 else 64, 8, 2)
-    return tiles
+    """What runs where nothing was measured; float64 is to be right, and no more."""
+    if dtype == torch.float64:
+        return PassTiles(16, 32, 8, 1)
+    return PassTiles(*(_HALF if dtype.itemsize == 2 else _FLOAT32)[kernel][R])
 
 
 def candidate_tiles(kernel: str, R: int, dtype: torch.dtype) -> tuple[PassTiles, ...]:
@@ -59,3 +68,18 @@ def candidate_tiles(kernel: str, R: int, dtype: torch.dtype) -> tuple[PassTiles,
 def core_precision(dtype: torch.dtype, backend: str) -> str:
     """Of the products with S, of float32 sums: tf32 keeps all digits that a half type can."""
     return "tf32" if dtype.itemsize == 2 and backend == "cuda" else precision(dtype, backend)
+
+
+def fuses_core(R: int, dtype: torch.dtype) -> bool:
+    """Whether the product with S follows in the kernel that sums A; past that its registers do not hold both."""
+    return (64 if dtype.itemsize == 2 else 32) >= R
+
+
+def joins_core_gradient(R: int) -> bool:
+    """Whether one kernel gives both K = Q S and ∂S; past that its registers do not hold both."""
+    return R <= 64
+
+
+def register_options(backend: str) -> dict[str, int]:
+    """Left alone, ptxas spills from a few of these kernels to fit more programs at once."""
+    return {"maxnreg": 255} if backend == "cuda" else {}

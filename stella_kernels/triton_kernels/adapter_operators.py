@@ -1,7 +1,7 @@
 """The adapter's operators on Triton: arguments checked, kernels launched, the rest passed to the reference.
 
-A call of the forward pass is two or three launches, one of the backward pass at most five; nothing waits for the device
-and nothing is summed atomically: the same call gives the same bits.
+A forward pass is two or three launches, a backward pass at most five, or six past rank 64; nothing waits for the
+device and nothing is summed atomically: the same call gives the same bits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ from .. import ops
 from ..reference import philox
 from . import adapter_configuration, autotuning
 from .adapter import accumulate_kernel, core_kernel, project_kernel
-from .adapter_configuration import CORE_ROWS, CORE_WARPS, DROPOUT_TILE, SUM_ITEMS, PassTiles, core_precision
+from .adapter_configuration import (
+    DROPOUT_TILE,
+    SUM_ITEMS,
+    PassTiles,
+    core_precision,
+    fuses_core,
+    joins_core_gradient,
+    register_options,
+)
 from .adapter_gradient import contract_kernel, core_gradient_kernel, spread_kernel, sum_kernel
 from .configuration import ELEMENTS, MAX_RANK, arithmetic, padded_rank, precision
 from .dropout import dropout_kernel
@@ -99,8 +107,10 @@ def _index(rows: int, columns: int, *tensors: Tensor) -> tl.dtype:
     return tl.int32 if reach < 2**31 else tl.int64
 
 
-def _options(tiles: PassTiles) -> Arguments:
-    return {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "num_warps": tiles.warps, "num_stages": tiles.stages}
+def _options(tiles: PassTiles, columns: bool = True) -> Arguments:
+    options = {"ROWS": tiles.rows, "num_warps": tiles.warps, "num_stages": tiles.stages}
+    options |= {"COLUMNS": tiles.columns} if columns else {}
+    return options | register_options(target_backend())
 
 
 def _rows_of_chunk(T: int, strips: int, tiles: PassTiles) -> int:
@@ -130,29 +140,34 @@ def _project(layer: Layer, x: Tensor, tiles: PassTiles) -> tuple[Tensor, Tensor]
     width = triton.cdiv(triton.cdiv(n, max(1, min(most, tiles.programs // blocks))), tiles.columns) * tiles.columns
     strips = max(1, triton.cdiv(n, width)) if n else 1
     A, P = (layer.new(T, r, dtype=layer.dtype) for _ in range(2))
-    partials = layer.new(strips, T, r) if strips > 1 else A
+    split = strips > 1 or not fuses_core(layer.R, layer.dtype)
+    partials = layer.new(strips, T, r) if split else A
     project_kernel[(blocks * strips,)](
         *(x, layer.Vt, layer.S, A, P, partials, _seed(layer, x), T, n, r, width, *x.stride(), *layer.Vt.stride()),
         *(*layer.core_strides, _threshold(layer.p), _inverse(layer.p)),
         **(layer.types() | layer.core() | layer.dropout(n)),
         INDEX=_index(tiles.rows, n, x, layer.Vt),
-        SPLIT=strips > 1,
+        SPLIT=split,
         **_options(tiles),
     )
-    if strips > 1:
+    if split:
         _core(layer, partials, A, P)
     return A, P
 
 
-def _core(layer: Layer, partials: Tensor, A: Tensor | None, P: Tensor) -> None:
-    """A, the sum of ``partials`` (splits, T, r), where it is wanted, and P = A Sᵀ: one launch."""
+def _core(
+    layer: Layer, partials: Tensor, A: Tensor | None, P: Tensor, scale: float = 1.0, transposed: bool = False
+) -> None:
+    """A = ``scale`` times the sum of ``partials`` (splits, T, r), where it is wanted, and P = A Sᵀ or, ``transposed``,
+    A S: one launch."""
     splits, T, r = partials.shape
-    core_kernel[(triton.cdiv(T, CORE_ROWS),)](
-        *(partials, layer.S, P if A is None else A, P, T, r, splits, *layer.core_strides),
+    tiles = adapter_configuration.default_tiles("core", layer.R, layer.dtype)
+    strides = layer.core_strides[::-1] if transposed else layer.core_strides
+    core_kernel[(triton.cdiv(T, tiles.rows),)](
+        *(partials, layer.S, P if A is None else A, P, T, r, splits, *strides, scale),
         **layer.core(),
         KEEP=A is not None,
-        ROWS=CORE_ROWS,
-        num_warps=CORE_WARPS,
+        **_options(tiles, columns=False),
     )
 
 
@@ -249,20 +264,24 @@ def _contract(
 
 
 def _core_gradient(layer: Layer, partial_Q: Tensor, A: Tensor, need_S: bool, need_K: bool) -> tuple[Tensor, Tensor]:
-    """K = Q S (T, r) and partial sums of ∂S = Qᵀ A: one launch."""
+    """K = Q S (T, r) and partial sums of ∂S = Qᵀ A: one launch, two where registers do not hold both."""
     splits, T, r = partial_Q.shape
-    chunk = max(CORE_ROWS, triton.cdiv(triton.cdiv(T, 128), CORE_ROWS) * CORE_ROWS)
+    tiles = adapter_configuration.default_tiles("core", layer.R, layer.dtype)
+    chunk = _rows_of_chunk(T, 1, tiles)
     chunks = triton.cdiv(T, chunk)
     K = layer.new(T if need_K else 0, r, dtype=layer.dtype)
     partial_S = layer.new(chunks if need_S else 0, *layer.S.shape)
-    core_gradient_kernel[(chunks,)](
-        *(partial_Q, A, layer.S, K, partial_S, T, r, splits, chunk, *layer.core_strides, layer.scale),
-        **layer.core(),
-        NEED_S=need_S,
-        NEED_K=need_K,
-        ROWS=CORE_ROWS,
-        num_warps=CORE_WARPS,
-    )
+    if need_K and not joins_core_gradient(layer.R):
+        _core(layer, partial_Q, None, K, layer.scale, transposed=True)
+        need_K = False
+    if need_S or need_K:
+        core_gradient_kernel[(chunks,)](
+            *(partial_Q, A, layer.S, K, partial_S, T, r, splits, chunk, *layer.core_strides, layer.scale),
+            **layer.core(),
+            NEED_S=need_S,
+            NEED_K=need_K,
+            **_options(tiles, columns=False),
+        )
     return K, partial_S
 
 

@@ -9,7 +9,15 @@ import torch
 import triton.language as tl
 
 from .adapter import accumulate_kernel, core_kernel, project_kernel
-from .adapter_configuration import CORE_ROWS, CORE_WARPS, DROPOUT_TILE, SUM_ITEMS, core_precision, default_tiles
+from .adapter_configuration import (
+    DROPOUT_TILE,
+    SUM_ITEMS,
+    core_precision,
+    default_tiles,
+    fuses_core,
+    joins_core_gradient,
+    register_options,
+)
 from .adapter_gradient import contract_kernel, core_gradient_kernel, spread_kernel, sum_kernel
 from .compiled import Variant
 from .configuration import arithmetic, precision
@@ -52,20 +60,32 @@ def adapter_variants(R: int, dtype: torch.dtype, backend: str = "cuda") -> Itera
         used = {key: value for key, value in (common | constants).items() if key in kernel.arg_names}
         divisible = tuple(key for key in kernel.arg_names if key in _INTEGERS and key not in _ANY)
         label = f"adapter {name} {str(dtype).removeprefix('torch.')} R={R}"
-        return Variant(label, kernel, used, warps, products, True, _types(dtype), {"num_stages": stages}, divisible)
+        return Variant(
+            label,
+            kernel,
+            used,
+            warps,
+            products,
+            True,
+            _types(dtype),
+            {"num_stages": stages, **register_options(backend)},
+            divisible,
+        )
 
     def streamed(name: str, kernel: Any, part: str, **constants: Any) -> Variant:
         tiles = default_tiles(part, R, dtype)
         sizes = {"ROWS": tiles.rows, "COLUMNS": tiles.columns}
         return variant(name, kernel, {**sizes, **constants}, tiles.warps, tiles.stages)
 
-    needed = {"NEED_Q": True, "NEED_U": True, "NEED_X": True, "NEED_V": True, "NEED_S": True, "NEED_K": True}
-    yield streamed("project", project_kernel, "project", SPLIT=False, DROPOUT=False)
+    needed = dict.fromkeys(("NEED_Q", "NEED_U", "NEED_X", "NEED_V"), True)
+    if fuses_core(R, dtype):
+        yield streamed("project", project_kernel, "project", SPLIT=False, DROPOUT=False)
     yield streamed("project split dropout", project_kernel, "project", SPLIT=True, DROPOUT=True)
-    yield variant("core", core_kernel, {"ROWS": CORE_ROWS}, CORE_WARPS)
+    yield streamed("core", core_kernel, "core")
     yield streamed("accumulate", accumulate_kernel, "accumulate")
     yield streamed("contract", contract_kernel, "contract", **needed)
-    yield variant("core gradient", core_gradient_kernel, {**needed, "ROWS": CORE_ROWS}, CORE_WARPS)
+    both = joins_core_gradient(R)
+    yield streamed("core gradient", core_gradient_kernel, "core", NEED_S=True, NEED_K=both)
     yield streamed("spread", spread_kernel, "spread", **needed, DROPOUT=False)
     yield streamed("spread dropout", spread_kernel, "spread", **needed, DROPOUT=True)
     if R == 16:
