@@ -13,7 +13,7 @@ from bench.shapes import LLAMA_3_8B
 from bench.step_memory import measure_extra_bytes
 from bench.timing import Machine, interleaved_samples, machine_of, machine_probes, paired_ratio
 
-# 21 million elements: 84 MB of each of factors, gradients and both moments, far out of cache.
+# 21 million elements (10 at r = 4): 84 MB of each of factors, gradients and both moments, far out of cache.
 LAYERS = {4: 32, 8: 32, 16: 16, 32: 8, 64: 4, 128: 2}
 # For memory, of which scratch does not grow with the model: as much of its 32 layers as fits a small
 # machine, at some of the ranks.
@@ -38,7 +38,7 @@ def step_flops(r: int) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """One rank: seconds of each optimizer's steps, and their extra bytes over ``memory_layers`` layers."""
+    """One rank: seconds of each optimizer's steps; extra bytes, AdamW's own too, over ``memory_layers`` layers."""
 
     r: int
     layers: int

@@ -2,10 +2,9 @@
 
 ``python -m bench.step_memory OPTIMIZER LAYERS R`` prints it as a number of bytes: the kernel's high-water mark of
 resident memory over the first step, less what was resident before it, less AdamW's two moments, which that step
-allocates. The table shows it less the same number of torch's AdamW: what the bookkeeping of each tensor takes there
-too. A snapshot of the factors or scratch that the optimizer keeps for later steps is counted, as is whatever a
-kernel allocates behind torch's back. A step on the factors of a small model comes first, so that code pages and pools
-of threads are in place.
+allocates. The table subtracts the number that torch's AdamW gives: it keeps books of each tensor too. A snapshot of the
+factors or scratch that the optimizer keeps for later steps is counted, as is whatever a kernel allocates behind torch's
+back. A step on the factors of a small model comes first, so that code pages and pools of threads are in place.
 """
 
 from __future__ import annotations

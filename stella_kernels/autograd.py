@@ -91,7 +91,7 @@ def _recomputed(ctx: Any, grad_y: Tensor, x: Tensor, U: Tensor, S: Tensor, Vt: T
     return _kernels.adapter_forward_(y, x, U[:0], S, Vt, ctx.scale, ctx.p, seed)
 
 
-_FEW_WEIGHTS = 1 << 21
+_FEW_WEIGHTS = 1 << 21  # weights have as many at least before their product comes first
 
 
 def _adapter_goes_first(x: Tensor, W: Tensor) -> bool:
@@ -103,7 +103,10 @@ def _adapter_goes_first(x: Tensor, W: Tensor) -> bool:
     """
     if x.device.type != "cpu" or x.dtype != W.dtype or torch.is_autocast_enabled("cpu"):
         return False
-    return W.numel() < _FEW_WEIGHTS or not library_computes_in(x.dtype)
+    if W.numel() < _FEW_WEIGHTS:
+        return True
+    # what the library has cannot be asked while a graph is traced; the compiler makes the product itself
+    return not torch.compiler.is_compiling() and not library_computes_in(x.dtype)
 
 
 class StellaLinearFunction(torch.autograd.Function):

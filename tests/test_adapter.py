@@ -282,6 +282,14 @@ def test_either_order_of_base_and_adapter(case: Case, adapter_first: bool, monke
     check(run_linear, make(case, torch.float32))
 
 
+@pytest.mark.parametrize("adapter_first", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_either_order_compiles_whole(dtype: torch.dtype, adapter_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autograd, "_FEW_WEIGHTS", 1 << 62 if adapter_first else 0)
+    torch._dynamo.reset()
+    check(torch.compile(run_linear, backend="aot_eager", fullgraph=True), make(CASES[0], dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES[:3])
 def test_gradients_of_the_base(case: Case, dtype: torch.dtype) -> None:

@@ -1,6 +1,6 @@
 // The whole Riemannian AdamW step of one factor: Riemannian gradient, moments, gradient scaling, tangent projection,
 // polar retraction. The factor is read twice (three times where gradient^T factor is not known), the gradient once
-// (twice), the moments once; between the passes the steps are kept, one factor's worth.
+// (twice), the moments once; between the passes the steps are kept, a factor's worth and its padding.
 #pragma once
 
 #include "adamw_columns.h"

@@ -85,7 +85,7 @@ STELLA_INLINE void fetch_rows(const MatrixView& x, int64_t row, int64_t end, int
   }
 }
 
-// Whether four rows of it are a tile as they lie in memory.
+// Whether its rows are contiguous, in the arithmetic type: tiles are read and written where they lie.
 template <typename T>
 bool is_panel(const MatrixView& x) {
   return x.col_stride == 1 && x.storage == (std::is_same_v<T, float> ? Storage::float32 : Storage::float64);
