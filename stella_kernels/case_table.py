@@ -161,6 +161,8 @@ def _adamw_cases() -> list[Case]:
     operator = "stella_adamw_"
     table = [replace(case, scale=0.2) for case in _list_cases(operator)]
     table.append(Case(operator, "coupled", ((9001, 16),), torch.float32, "columns", 0.2))
+    # one row past whole vectors of every width, and past whole chunks
+    table.append(Case(operator, "step", ((4097, 8), (769, 4), (17, 12)), torch.float32, "columns", 0.2, quick=True))
     for index, dtype in enumerate(DTYPES):
         storage = STORAGES[index % 3]
         for kind in ("coupled", "first", "skipped", "refused"):
