@@ -83,12 +83,13 @@ def tiles_for(R: int, dtype: torch.dtype) -> Tiles:
     )
 
 
+# Left alone, ptxas spills from some kernels to fit more of their blocks at once, of which there are few.
 _GREEDY = {"maxnreg": 255}
 
 
-def solve_options(backend: str, KIND: int, R: int) -> dict[str, int]:
-    """Left alone, ptxas spills from these solves to fit more of their blocks at once, of which there are few."""
-    return _GREEDY if backend == "cuda" and (KIND == POLAR or (KIND == RETRACT and R == 32)) else {}
+def solve_options(backend: str) -> dict[str, int]:
+    """Loads of the r × r algebra are not fetched ahead: the addresses that takes spill, and the matrices are in cache."""
+    return {**_GREEDY, "num_stages": 1} if backend == "cuda" else {}
 
 
 def lays_apart(arch: object) -> bool:
@@ -97,7 +98,7 @@ def lays_apart(arch: object) -> bool:
 
 
 def gram_options(backend: str, KIND: int, R: int) -> dict[str, int]:
-    """As :func:`solve_options`: a few registers more than ptxas stops at by itself."""
+    """A few registers more than ptxas stops at by itself."""
     return _GREEDY if backend == "cuda" and KIND == RETRACT and R == 16 else {}
 
 

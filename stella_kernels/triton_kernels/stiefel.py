@@ -107,7 +107,7 @@ def _retract(
         *(table.factors, int(skip), torch.finfo(arithmetic(table.dtype)).eps / 2),
         **{name: gram[name] for name in ("KIND", "STEPS", "ELEMENT", "TO", "PRECISION", "INDEX", "R")},
         **{"T": tiles.small, "T64": tiles.small64, "ROWS": tiles.rows64, "num_warps": tiles.solve_warps},
-        **configuration.solve_options(target_backend(), KIND, R),
+        **configuration.solve_options(target_backend()),
     )
     update_kernel[(table.count,)](
         table.items, table.rows, settings, coefficients, scales, state, **gram | tiles.streaming(R)

@@ -18,7 +18,6 @@ from .solve import solve_kernel
 from .table import element
 
 RANKS = (16, 32, 64, 128)
-_OPTIONS = {solve_kernel: solve_options, gram_kernel: gram_options}
 
 
 def _types(dtype: torch.dtype) -> dict[str, str]:
@@ -51,7 +50,9 @@ def stiefel_variants(
         warps = tiles.warps if kernel is not solve_kernel else tiles.solve_warps
         used = {key: value for key, value in (common | constants).items() if key in kernel.arg_names}
         label = f"{name} {str(dtype).removeprefix('torch.')} R={R}"
-        options = _OPTIONS[kernel](backend, used["KIND"], R) if kernel in _OPTIONS else {}
+        options = solve_options(backend) if kernel is solve_kernel else {}
+        if kernel is gram_kernel:
+            options = gram_options(backend, used["KIND"], R)
         return Variant(label, kernel, used, warps, products, wide, types, options)
 
     yield variant("coupling", coupling_kernel, {"GRADIENT": 0, "FACTOR": 1})
