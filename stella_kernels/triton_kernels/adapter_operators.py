@@ -26,7 +26,7 @@ from .adapter_configuration import (
     core_precision,
     fuses_core,
     joins_core_gradient,
-    register_options,
+    launch_options,
 )
 from .adapter_gradient import contract_kernel, core_gradient_kernel, spread_kernel, sum_kernel
 from .configuration import ELEMENTS, MAX_RANK, arithmetic, padded_rank, precision
@@ -110,7 +110,7 @@ def _index(rows: int, columns: int, *tensors: Tensor) -> tl.dtype:
 def _options(tiles: PassTiles, columns: bool = True) -> Arguments:
     options = {"ROWS": tiles.rows, "num_warps": tiles.warps, "num_stages": tiles.stages}
     options |= {"COLUMNS": tiles.columns} if columns else {}
-    return options | register_options(target_backend())
+    return options | launch_options(target_backend())
 
 
 def _rows_of_chunk(T: int, strips: int, tiles: PassTiles) -> int:
@@ -324,6 +324,7 @@ def _sums(layer: Layer, partials: list[Tensor], needed: list[bool]) -> list[Tens
             *(V, grad_V, sizes[1], V.shape[0], S, grad_S, sizes[2], S.shape[0]),
             TO=element(layer.wide),
             ITEMS=SUM_ITEMS,
+            **launch_options(target_backend()),
         )
     return grads
 
@@ -410,6 +411,7 @@ def philox_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
             QUADS=n % 4 == 0,
             ROWS=ROWS,
             COLUMNS=COLUMNS,
+            **launch_options(target_backend()),
         )
     return out
 

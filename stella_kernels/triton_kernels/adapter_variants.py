@@ -1,8 +1,9 @@
-"""The adapter's kernels as they are launched at their defaults, beside those of :mod:`.variants`."""
+"""The adapter's kernels as they are launched, at their defaults and at what autotuning tries."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,11 +13,13 @@ from .adapter import accumulate_kernel, core_kernel, project_kernel
 from .adapter_configuration import (
     DROPOUT_TILE,
     SUM_ITEMS,
+    PassTiles,
+    candidate_tiles,
     core_precision,
     default_tiles,
     fuses_core,
     joins_core_gradient,
-    register_options,
+    launch_options,
 )
 from .adapter_gradient import contract_kernel, core_gradient_kernel, spread_kernel, sum_kernel
 from .compiled import Variant
@@ -44,51 +47,69 @@ def _types(dtype: torch.dtype) -> dict[str, str]:
     return types | {"seed": "*i64"}
 
 
-def adapter_variants(R: int, dtype: torch.dtype, backend: str = "cuda") -> Iterator[Variant]:
-    """The launches of the adapter's operators on a layer of ``dtype`` at padded rank R, with and without dropout."""
-    TO = element(arithmetic(dtype))
+def _variant(
+    name: str,
+    kernel: Any,
+    constants: dict[str, Any],
+    R: int,
+    dtype: torch.dtype,
+    backend: str,
+    warps: int = 4,
+    stages: int = 3,
+    products: bool = True,
+) -> Variant:
     common = {
-        **{"OPERAND": element(dtype), "DOT": element(dtype), "TO": TO, "INDEX": tl.int32, "R": R},
-        **{"PRECISION": precision(dtype, backend), "CORE": core_precision(dtype, backend), "DIAGONAL": False},
+        **{"OPERAND": element(dtype), "DOT": element(dtype), "TO": element(arithmetic(dtype)), "INDEX": tl.int32},
+        **{"PRECISION": precision(dtype, backend), "CORE": core_precision(dtype, backend), "R": R, "DIAGONAL": False},
         **dict.fromkeys(_UNIT_STRIDES, 1),
+        **dict.fromkeys(("NEED_Q", "NEED_U", "NEED_S", "NEED_X", "NEED_V"), True),
         **{"DROPS_ALL": False, "QUADS": True, "READ": True, "BIAS": False, "KEEP": True},
     }
+    used = {key: value for key, value in (common | constants).items() if key in kernel.arg_names}
+    divisible = tuple(key for key in kernel.arg_names if key in _INTEGERS and key not in _ANY)
+    label = f"adapter {name} {str(dtype).removeprefix('torch.')} R={R}"
+    options = {"num_stages": stages, **launch_options(backend)}
+    return Variant(label, kernel, used, warps, products, True, _types(dtype), options, divisible)
 
-    def variant(
-        name: str, kernel: Any, constants: dict[str, Any], warps: int, stages: int = 3, products: bool = True
-    ) -> Variant:
-        used = {key: value for key, value in (common | constants).items() if key in kernel.arg_names}
-        divisible = tuple(key for key in kernel.arg_names if key in _INTEGERS and key not in _ANY)
-        label = f"adapter {name} {str(dtype).removeprefix('torch.')} R={R}"
-        return Variant(
-            label,
-            kernel,
-            used,
-            warps,
-            products,
-            True,
-            _types(dtype),
-            {"num_stages": stages, **register_options(backend)},
-            divisible,
-        )
 
-    def streamed(name: str, kernel: Any, part: str, **constants: Any) -> Variant:
-        tiles = default_tiles(part, R, dtype)
-        sizes = {"ROWS": tiles.rows, "COLUMNS": tiles.columns}
-        return variant(name, kernel, {**sizes, **constants}, tiles.warps, tiles.stages)
-
-    needed = dict.fromkeys(("NEED_Q", "NEED_U", "NEED_X", "NEED_V"), True)
+def _launches(R: int, dtype: torch.dtype) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
+    """Name, whose tiles, kernel and switches of the launches that read activations or what they are projected to."""
     if fuses_core(R, dtype):
-        yield streamed("project", project_kernel, "project", SPLIT=False, DROPOUT=False)
-    yield streamed("project split dropout", project_kernel, "project", SPLIT=True, DROPOUT=True)
-    yield streamed("core", core_kernel, "core")
-    yield streamed("accumulate", accumulate_kernel, "accumulate")
-    yield streamed("contract", contract_kernel, "contract", **needed)
-    both = joins_core_gradient(R)
-    yield streamed("core gradient", core_gradient_kernel, "core", NEED_S=True, NEED_K=both)
-    yield streamed("spread", spread_kernel, "spread", **needed, DROPOUT=False)
-    yield streamed("spread dropout", spread_kernel, "spread", **needed, DROPOUT=True)
+        yield "project", "project", project_kernel, {"SPLIT": False, "DROPOUT": False}
+    yield "project split dropout", "project", project_kernel, {"SPLIT": True, "DROPOUT": True}
+    yield "core", "core", core_kernel, {}
+    yield "accumulate", "accumulate", accumulate_kernel, {}
+    yield "contract", "contract", contract_kernel, {}
+    yield "core gradient", "core", core_gradient_kernel, {"NEED_K": joins_core_gradient(R)}
+    yield "spread", "spread", spread_kernel, {"DROPOUT": False}
+    yield "spread dropout", "spread", spread_kernel, {"DROPOUT": True}
+
+
+def _sizes(tiles: PassTiles) -> dict[str, int]:
+    return {"ROWS": tiles.rows, "COLUMNS": tiles.columns}
+
+
+def adapter_variants(R: int, dtype: torch.dtype, backend: str = "cuda") -> Iterator[Variant]:
+    """The launches of the adapter's operators on a layer of ``dtype`` at padded rank R, with and without dropout."""
+    for name, part, kernel, switches in _launches(R, dtype):
+        tiles = default_tiles(part, R, dtype)
+        constants = _sizes(tiles) | switches
+        yield _variant(name, kernel, constants, R, dtype, backend, tiles.warps, tiles.stages)
     if R == 16:
-        yield variant("sum", sum_kernel, {"ITEMS": SUM_ITEMS}, 4, products=False)
+        yield _variant("sum", sum_kernel, {"ITEMS": SUM_ITEMS}, R, dtype, backend, products=False)
         tile = dict(zip(("ROWS", "COLUMNS"), DROPOUT_TILE, strict=True))
-        yield variant("dropout", dropout_kernel, tile, 4, products=False)
+        yield _variant("dropout", dropout_kernel, tile, R, dtype, backend, products=False)
+
+
+def adapter_candidates(R: int, dtype: torch.dtype, backend: str = "cuda") -> Iterator[Variant]:
+    """The same launches at each of the tiles that are measured on the user's GPU beside the default."""
+    for name, part, kernel, switches in _launches(R, dtype):
+        if part == "core":  # not measured
+            continue
+        # what differs in the number of programs alone is the same machine code
+        for tiles in dict.fromkeys(replace(t, programs=0) for t in candidate_tiles(part, R, dtype)):
+            if tiles == replace(default_tiles(part, R, dtype), programs=0):
+                continue
+            label = f"{name} {tiles.rows}x{tiles.columns} warps={tiles.warps} stages={tiles.stages}"
+            constants = _sizes(tiles) | switches
+            yield _variant(label, kernel, constants, R, dtype, backend, tiles.warps, tiles.stages)
