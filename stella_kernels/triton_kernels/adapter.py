@@ -4,7 +4,8 @@ T rows; x (T, n), y (T, m), U (m, r), S (r, r) or its diagonal (r,), Vt = Vᵀ (
 equations are those of ``reference/adapter.py``. Products take operands of the layer's dtype (OPERAND; DOT is what
 ``tl.dot`` is given, wider in the interpreter, which has no bfloat16) and sum in TO, float32 or float64. A program is
 one of a grid of row chunks and strips of columns: sums over rows are split by chunk and sums over columns by strip,
-into partial results that are added in their order, so that every run gives the same bits.
+into partial results that are added in their order, so that every run gives the same bits. Loops over activations are
+told STAGES, without which Triton fetches ahead what is multiplied and not what is only added to.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -88,6 +89,7 @@ def project_kernel(
     R: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """ROWS rows of A = d(x) V and P = A Sᵀ; with SPLIT, of d(x) V over ``width`` columns, to ``partials`` (·, T, r)."""
     blocks = tl.cdiv(T, ROWS)
@@ -98,7 +100,7 @@ def project_kernel(
     left = tl.minimum(T - start, ROWS).to(tl.int32)
     x += start * x_row
     total = tl.zeros((ROWS, R), dtype=TO)
-    for first in range(strip * width, tl.minimum(strip * width + width, n), COLUMNS):
+    for first in tl.range(strip * width, tl.minimum(strip * width + width, n), COLUMNS, num_stages=STAGES):
         columns = first + tl.arange(0, COLUMNS)
         mask = (rows < left)[:, None] & (columns < n)[None, :]
         at = (rows.to(INDEX) * x_row)[:, None] + (columns.to(INDEX) * x_column)[None, :]
@@ -192,6 +194,7 @@ def accumulate_kernel(
     R: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """COLUMNS columns of ``chunk`` rows of y + s P Uᵀ; without READ, of b + s P Uᵀ, b = 0 without BIAS."""
     strips = tl.cdiv(m, COLUMNS)
@@ -205,7 +208,7 @@ def accumulate_kernel(
     factor = tl.load(U + place, mask=(columns < m)[:, None] & (ranks < r)[None, :], other=0.0)  # (COLUMNS, R)
     factor = tl.trans(narrowed(factor, OPERAND, DOT, TO))
     s = tl.full((1, 1), scale, TO)
-    for block in range(0, left, ROWS):
+    for block in tl.range(0, left, ROWS, num_stages=STAGES):
         rows = block + tl.arange(0, ROWS)
         mask = (rows < left)[:, None] & (ranks < r)[None, :]
         p = tl.load(P + rows[:, None] * r + ranks[None, :], mask=mask, other=0.0)  # (ROWS, R)

@@ -10,6 +10,7 @@ from .configuration import precision
 
 SUM_ITEMS = 1024  # of a gradient, a program's share of the last sums
 DROPOUT_TILE = (16, 256)
+LEAST = 16  # of a dimension, for tl.dot
 
 
 @dataclass(frozen=True)
@@ -26,21 +27,22 @@ class PassTiles:
     programs: int = 128
 
 
-# (rows, columns, warps, stages) by padded rank. As large as no chip's compiler spills and 99 KiB of shared memory hold,
-# see ``compile-report``; a float32 product is three of tf32, and takes as many more registers.
+# (rows, columns, warps, stages) by padded rank. Wide where programs would else read factors and leave partial sums many
+# times over; as large as no chip's compiler spills and 99 KiB of shared memory hold, see ``compile-report``; a float32
+# product is three of tf32, and takes as many more registers.
 _HALF = {
-    "project": {16: (128, 64, 8, 3), 32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (64, 64, 8, 2)},
-    "core": {16: (64, 0, 4, 2), 32: (64, 0, 4, 2), 64: (64, 0, 4, 2), 128: (16, 0, 8, 2)},
-    "accumulate": {16: (64, 128, 8, 3), 32: (64, 128, 8, 3), 64: (64, 128, 8, 3), 128: (64, 128, 8, 3)},
-    "contract": {16: (64, 256, 8, 2), 32: (64, 256, 8, 2), 64: (64, 128, 8, 2), 128: (64, 64, 8, 2)},
-    "spread": {16: (64, 128, 8, 2), 32: (64, 128, 8, 3), 64: (64, 128, 8, 2), 128: (64, 64, 8, 2)},
+    "project": {16: (256, 64, 8, 2), 32: (256, 64, 8, 2), 64: (128, 64, 8, 3), 128: (128, 32, 8, 3)},
+    "core": {16: (32, 0, 4, 2), 32: (32, 0, 4, 2), 64: (64, 0, 4, 2), 128: (16, 0, 8, 2)},
+    "accumulate": {16: (32, 256, 8, 3), 32: (32, 256, 8, 3), 64: (32, 256, 8, 3), 128: (32, 256, 8, 2)},
+    "contract": {16: (32, 512, 8, 2), 32: (32, 512, 8, 2), 64: (32, 256, 8, 2), 128: (64, 128, 8, 2)},
+    "spread": {16: (64, 128, 8, 2), 32: (64, 128, 8, 2), 64: (64, 128, 8, 2), 128: (32, 128, 8, 2)},
 }
 _FLOAT32 = {
     "project": {16: (128, 32, 8, 3), 32: (128, 32, 8, 3), 64: (64, 32, 8, 3), 128: (64, 16, 8, 4)},
-    "core": {16: (64, 0, 4, 2), 32: (32, 0, 4, 2), 64: (32, 0, 8, 2), 128: (16, 0, 8, 2)},
-    "accumulate": {16: (64, 64, 8, 3), 32: (64, 64, 8, 3), 64: (64, 64, 8, 2), 128: (32, 32, 8, 2)},
-    "contract": {16: (32, 128, 8, 3), 32: (32, 64, 8, 3), 64: (32, 32, 4, 3), 128: (32, 32, 8, 2)},
-    "spread": {16: (32, 64, 8, 2), 32: (32, 64, 8, 2), 64: (16, 32, 4, 2), 128: (16, 16, 4, 2)},
+    "core": {16: (32, 0, 4, 2), 32: (32, 0, 4, 2), 64: (32, 0, 8, 2), 128: (16, 0, 8, 2)},
+    "accumulate": {16: (32, 128, 8, 3), 32: (32, 128, 8, 3), 64: (32, 128, 8, 2), 128: (32, 64, 8, 2)},
+    "contract": {16: (32, 128, 8, 3), 32: (32, 64, 8, 3), 64: (32, 128, 8, 2), 128: (32, 64, 8, 3)},
+    "spread": {16: (16, 128, 8, 3), 32: (16, 128, 8, 2), 64: (16, 64, 8, 2), 128: (16, 16, 8, 2)},
 }
 
 
@@ -52,17 +54,23 @@ def default_tiles(kernel: str, R: int, dtype: torch.dtype) -> PassTiles:
 
 
 def candidate_tiles(kernel: str, R: int, dtype: torch.dtype) -> tuple[PassTiles, ...]:
-    """What is measured beside the default: a few either way."""
+    """What is measured beside the default: a few either way, none of which spills or is too large on every chip."""
+    if dtype == torch.float64:
+        return ()
     own = default_tiles(kernel, R, dtype)
-    return (
+    every = (
         replace(own, rows=own.rows // 2),
         replace(own, columns=own.columns // 2),
+        replace(own, columns=own.columns // 2, programs=own.programs * 2),
+        replace(own, columns=own.columns // 2, warps=4, programs=own.programs * 2),
+        replace(own, rows=own.rows * 2, columns=own.columns // 2),
         replace(own, rows=own.rows // 2, columns=own.columns * 2),
         replace(own, programs=own.programs * 2),
         replace(own, programs=own.programs // 2),
-        replace(own, stages=own.stages - 1 if own.stages > 2 else own.stages + 1),
-        replace(own, warps=4),
+        replace(own, stages=own.stages - 1),
+        replace(own, stages=own.stages + 1),
     )
+    return tuple(tiles for tiles in every if min(tiles.rows, tiles.columns) >= LEAST)
 
 
 def core_precision(dtype: torch.dtype, backend: str) -> str:
@@ -72,6 +80,12 @@ def core_precision(dtype: torch.dtype, backend: str) -> str:
 
 def fuses_core(R: int, dtype: torch.dtype) -> bool:
     """Whether the product with S follows in the kernel that sums A; past that its registers do not hold both."""
+    return (64 if dtype.itemsize == 2 else 32) >= R
+
+
+def joins_contractions(R: int, dtype: torch.dtype) -> bool:
+    """Whether Y' is read once for both Y' U and Y'ᵀ P; past that the strips that registers hold are so narrow that the
+    partial sums of Y' U would be more than Y' is."""
     return (64 if dtype.itemsize == 2 else 32) >= R
 
 

@@ -35,6 +35,7 @@ def contract_kernel(
     R: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Of COLUMNS columns of ``chunk`` rows of Y', read once: Y' U to ``partial_Q`` (strips, T, r) and Y'ᵀ P to
     ``partial_U`` (chunks, m, r)."""
@@ -52,8 +53,8 @@ def contract_kernel(
     if NEED_Q:
         place = (columns.to(INDEX) * u_row)[:, None] + (ranks.to(INDEX) * u_column)[None, :]
         factor = narrowed(tl.load(U + place, mask=outside, other=0.0), OPERAND, DOT, TO)  # (COLUMNS, R)
-    total = tl.zeros((COLUMNS, R), dtype=TO)
-    for block in range(0, left, ROWS):
+    total = tl.zeros((R, COLUMNS), dtype=TO)
+    for block in tl.range(0, left, ROWS, num_stages=STAGES):
         rows = block + tl.arange(0, ROWS)
         mask = (rows < left)[:, None] & (columns < m)[None, :]
         at = (rows.to(INDEX) * y_row)[:, None] + (columns.to(INDEX) * y_column)[None, :]
@@ -65,10 +66,11 @@ def contract_kernel(
             tl.store(partial_Q + at, q, mask=mask)
         if NEED_U:
             p = narrowed(tl.load(P + at, mask=mask, other=0.0), OPERAND, DOT, TO)  # (ROWS, R)
-            total = tl.dot(tl.trans(tile), p, total, input_precision=PRECISION, out_dtype=TO)
+            # as (R, COLUMNS): a tile that is also read transposed is not fetched ahead before sm_90
+            total = tl.dot(tl.trans(p), tile, total, input_precision=PRECISION, out_dtype=TO)
     if NEED_U:
         at = (part.to(tl.int64) * m + columns)[:, None] * r + ranks[None, :]
-        tl.store(partial_U + at, total, mask=outside)
+        tl.store(partial_U + at, tl.trans(total), mask=outside)
 
 
 @triton.jit
@@ -160,6 +162,7 @@ def spread_kernel(
     R: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Of COLUMNS columns of ``chunk`` rows: β ∂x + dᵀ(K Vᵀ) in place, and Kᵀ d(x) to ``partial_V`` (chunks, r, n).
 
@@ -181,7 +184,7 @@ def spread_kernel(
         place = (ranks.to(INDEX) * v_row)[:, None] + (columns.to(INDEX) * v_column)[None, :]
         factor = narrowed(tl.load(Vt + place, mask=inside, other=0.0), OPERAND, DOT, TO)  # (R, COLUMNS)
     total = tl.zeros((R, COLUMNS), dtype=TO)
-    for block in range(0, left, ROWS):
+    for block in tl.range(0, left, ROWS, num_stages=STAGES):
         rows = block + tl.arange(0, ROWS)
         mask = (rows < left)[:, None] & (ranks < r)[None, :]
         k = narrowed(tl.load(K + rows[:, None] * r + ranks[None, :], mask=mask, other=0.0), OPERAND, DOT, TO)

@@ -1,7 +1,7 @@
 """The adapter's operators on Triton: arguments checked, kernels launched, the rest passed to the reference.
 
-A forward pass is two or three launches, a backward pass at most five, or six past rank 64; nothing waits for the
-device and nothing is summed atomically: the same call gives the same bits.
+A forward pass is two or three launches, a backward pass at most five, or seven past rank 64 (six past rank 32 in
+float32); nothing waits for the device and nothing is summed atomically: the same call gives the same bits.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .adapter_configuration import (
     PassTiles,
     core_precision,
     fuses_core,
+    joins_contractions,
     joins_core_gradient,
     launch_options,
 )
@@ -82,13 +83,14 @@ class Layer:
         core = {name: types[name] for name in ("OPERAND", "TO", "R")}
         return {**core, "CORE": core_precision(self.dtype, target_backend()), "DIAGONAL": self.S.dim() == 1}
 
-    def dropout(self, n: int) -> Arguments:
-        """Compile-time switches of the mask of (T, n) activations."""
-        return {"DROPOUT": self.p > 0.0, "DROPS_ALL": self.p == 1.0, "QUADS": n % 4 == 0}
-
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Uninitialised memory, of the arithmetic's dtype unless told."""
         return torch.empty(shape, dtype=dtype or self.wide, device=self.U.device)
+
+
+def _dropout(p: float, n: int) -> Arguments:
+    """Compile-time switches of the mask of (T, n) activations."""
+    return {"DROPOUT": p > 0.0, "DROPS_ALL": p == 1.0, "QUADS": n % 4 == 0}
 
 
 def _threshold(p: float) -> int:
@@ -109,7 +111,7 @@ def _index(rows: int, columns: int, *tensors: Tensor) -> tl.dtype:
 
 def _options(tiles: PassTiles, columns: bool = True) -> Arguments:
     options = {"ROWS": tiles.rows, "num_warps": tiles.warps, "num_stages": tiles.stages}
-    options |= {"COLUMNS": tiles.columns} if columns else {}
+    options |= {"COLUMNS": tiles.columns, "STAGES": tiles.stages} if columns else {}
     return options | launch_options(target_backend())
 
 
@@ -132,27 +134,43 @@ def _tiles(
 # ---- forward ---------------------------------------------------------------------------------------------------------
 
 
+def _strips(layer: Layer, x: Tensor, tiles: PassTiles) -> tuple[int, int]:
+    """How many programs share the columns of a block of x's rows, and how many columns one takes."""
+    T, n = x.shape
+    most = triton.cdiv(n, 4 * tiles.columns)  # of four tiles at least
+    wanted = max(1, min(most, tiles.programs // triton.cdiv(T, tiles.rows)))
+    width = triton.cdiv(triton.cdiv(n, wanted), tiles.columns) * tiles.columns
+    return max(1, triton.cdiv(n, width)) if n else 1, width
+
+
 def _project(layer: Layer, x: Tensor, tiles: PassTiles) -> tuple[Tensor, Tensor]:
     """A = d(x) V and P = A Sᵀ, (T, r): one launch, or two where columns are shared by programs."""
+    A, P = (layer.new(x.shape[0], layer.r, dtype=layer.dtype) for _ in range(2))
+    strips, _ = _strips(layer, x, tiles)
+    if strips > 1 or not fuses_core(layer.R, layer.dtype):
+        _core(layer, _products(layer, x, layer.Vt, layer.p, tiles), A, P)
+    else:
+        _products(layer, x, layer.Vt, layer.p, tiles, (A, P))
+    return A, P
+
+
+def _products(
+    layer: Layer, x: Tensor, factor: Tensor, p: float, tiles: PassTiles, out: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Partial sums of d(x) factorᵀ, (strips, T, r), of a factor (r, n); or A and P to ``out``: one launch."""
     (T, n), r = x.shape, layer.r
-    blocks = triton.cdiv(T, tiles.rows)
-    most = triton.cdiv(n, 4 * tiles.columns)  # strips of four tiles at least
-    width = triton.cdiv(triton.cdiv(n, max(1, min(most, tiles.programs // blocks))), tiles.columns) * tiles.columns
-    strips = max(1, triton.cdiv(n, width)) if n else 1
-    A, P = (layer.new(T, r, dtype=layer.dtype) for _ in range(2))
-    split = strips > 1 or not fuses_core(layer.R, layer.dtype)
-    partials = layer.new(strips, T, r) if split else A
-    project_kernel[(blocks * strips,)](
-        *(x, layer.Vt, layer.S, A, P, partials, _seed(layer, x), T, n, r, width, *x.stride(), *layer.Vt.stride()),
-        *(*layer.core_strides, _threshold(layer.p), _inverse(layer.p)),
-        **(layer.types() | layer.core() | layer.dropout(n)),
-        INDEX=_index(tiles.rows, n, x, layer.Vt),
-        SPLIT=split,
+    strips, width = _strips(layer, x, tiles)
+    partials = layer.new(strips, T, r) if out is None else layer.new(0)
+    A, P = out or (partials, partials)
+    project_kernel[(triton.cdiv(T, tiles.rows) * strips,)](
+        *(x, factor, layer.S, A, P, partials, _seed(layer, x), T, n, r, width, *x.stride(), *factor.stride()),
+        *(*layer.core_strides, _threshold(p), _inverse(p)),
+        **(layer.types() | layer.core() | _dropout(p, n)),
+        INDEX=_index(max(tiles.rows, layer.R), n, x, factor),
+        SPLIT=out is None,
         **_options(tiles),
     )
-    if split:
-        _core(layer, partials, A, P)
-    return A, P
+    return partials
 
 
 def _core(
@@ -299,7 +317,7 @@ def _spread(
         *(x, K, layer.Vt, target, partial_V, _seed(layer, x), T, n, r, chunk),
         *(*x.stride(), *layer.Vt.stride(), *target.stride(), _threshold(layer.p), _inverse(layer.p), beta),
         **layer.types(),
-        **layer.dropout(n),
+        **_dropout(layer.p, n),
         INDEX=_index(max(chunk, layer.R), n, x, target, layer.Vt),
         NEED_X=grad_x is not None,
         NEED_V=need_V,
@@ -372,11 +390,23 @@ def _backward(
     if need_U:
         _core(layer, A.unsqueeze(0), None, P)
 
-    def contract(tiles: PassTiles) -> None:
-        _contract(layer, grad_y, P, need_Q, need_U, tiles)
+    partial_Q = partial_U = none
+    joined = joins_contractions(layer.R, layer.dtype)
+    if need_Q and not joined:
 
-    tiles = _tiles("contract", layer, (T, m), (need_Q, need_U), contract)
-    partial_Q, partial_U = _contract(layer, grad_y, P, need_Q, need_U, tiles)
+        def project(tiles: PassTiles) -> None:
+            _products(layer, grad_y, layer.U.mT, 0.0, tiles)
+
+        tiles = _tiles("project", layer, (T, m), (grad_y.dtype, "gradient"), project)
+        partial_Q = _products(layer, grad_y, layer.U.mT, 0.0, tiles)
+    if need_U or joined:
+
+        def contract(tiles: PassTiles) -> None:
+            _contract(layer, grad_y, P, need_Q and joined, need_U, tiles)
+
+        tiles = _tiles("contract", layer, (T, m), (need_Q, need_U), contract)
+        contracted, partial_U = _contract(layer, grad_y, P, need_Q and joined, need_U, tiles)
+        partial_Q = contracted if joined else partial_Q
     if not need_Q:
         return partial_U, none, none
     K, partial_S = _core_gradient(layer, partial_Q, A, need_S, need_K)

@@ -18,6 +18,7 @@ from .adapter_configuration import (
     core_precision,
     default_tiles,
     fuses_core,
+    joins_contractions,
     joins_core_gradient,
     launch_options,
 )
@@ -32,7 +33,7 @@ _POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*b
 _UNIT_STRIDES = ("x_column", "y_column", "g_column", "u_column", "v_column", "s_column")
 _INTEGERS = (
     *("T", "n", "m", "r", "width", "chunk", "splits", "bias_step", "threshold"),
-    *("x_row", "y_row", "g_row", "u_row", "v_row", "s_row"),
+    *("x_row", "y_row", "g_row", "u_row", "v_row", "v_column", "s_row"),
     *(f"{name}_{factor}" for name in ("size", "chunks") for factor in "UVS"),
 )
 _ANY = ("splits", "bias_step", "threshold", "chunks_U", "chunks_V", "chunks_S")  # what is no multiple of 16
@@ -65,7 +66,8 @@ def _variant(
         **dict.fromkeys(("NEED_Q", "NEED_U", "NEED_S", "NEED_X", "NEED_V"), True),
         **{"DROPS_ALL": False, "QUADS": True, "READ": True, "BIAS": False, "KEEP": True},
     }
-    used = {key: value for key, value in (common | constants).items() if key in kernel.arg_names}
+    given = {key: value for key, value in (common | constants).items() if value is not None}
+    used = {key: value for key, value in given.items() if key in kernel.arg_names}
     divisible = tuple(key for key in kernel.arg_names if key in _INTEGERS and key not in _ANY)
     label = f"adapter {name} {str(dtype).removeprefix('torch.')} R={R}"
     options = {"num_stages": stages, **launch_options(backend)}
@@ -79,14 +81,18 @@ def _launches(R: int, dtype: torch.dtype) -> Iterator[tuple[str, str, Any, dict[
     yield "project split dropout", "project", project_kernel, {"SPLIT": True, "DROPOUT": True}
     yield "core", "core", core_kernel, {}
     yield "accumulate", "accumulate", accumulate_kernel, {}
-    yield "contract", "contract", contract_kernel, {}
+    joined = joins_contractions(R, dtype)
+    if not joined:  # Q = Y' U is projected as x is, by the transpose of U: side by side are its ranks
+        transposed = {"v_row": 1, "v_column": None}
+        yield "project gradient", "project", project_kernel, {"SPLIT": True, "DROPOUT": False, **transposed}
+    yield "contract", "contract", contract_kernel, {"NEED_Q": joined}
     yield "core gradient", "core", core_gradient_kernel, {"NEED_K": joins_core_gradient(R)}
     yield "spread", "spread", spread_kernel, {"DROPOUT": False}
     yield "spread dropout", "spread", spread_kernel, {"DROPOUT": True}
 
 
 def _sizes(tiles: PassTiles) -> dict[str, int]:
-    return {"ROWS": tiles.rows, "COLUMNS": tiles.columns}
+    return {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "STAGES": tiles.stages}
 
 
 def adapter_variants(R: int, dtype: torch.dtype, backend: str = "cuda") -> Iterator[Variant]:
