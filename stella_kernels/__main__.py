@@ -158,13 +158,13 @@ def verify(quick: bool) -> int:
     return 1 if missed else 0
 
 
-def compile_report(chips: list[str] | None, ranks: list[int] | None, kernels: str) -> int:
+def compile_report(chips: list[str] | None, ranks: list[int] | None, kernels: str, candidates: bool) -> int:
     """Print what each Triton kernel takes on each chip; 1 where one breaks a promise, 2 without Triton."""
     if importlib.util.find_spec("triton") is None:
         print("Triton is not installed, so that nothing can be compiled; pip install triton")
         return 2
     module = importlib.import_module("stella_kernels.triton_kernels.compile_report")
-    return int(module.report(chips or tuple(module.CHIPS), ranks or module.RANKS, kernels))
+    return int(module.report(chips or tuple(module.CHIPS), ranks or module.RANKS, kernels, candidates))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -179,9 +179,10 @@ def main(arguments: list[str] | None = None) -> int:
     compiled.add_argument("--chips", nargs="+", help="sm_80 sm_90 sm_100 sm_120 gfx942 (default: all)")
     compiled.add_argument("--ranks", nargs="+", type=int, choices=(16, 32, 64, 128), help="padded ranks (default: all)")
     compiled.add_argument("--kernels", default="", help="only those whose name contains this")
+    compiled.add_argument("--candidates", action="store_true", help="also what autotuning may choose on a GPU")
     parsed = parser.parse_args(arguments)
     if parsed.command == "compile-report":
-        return compile_report(parsed.chips, parsed.ranks, parsed.kernels)
+        return compile_report(parsed.chips, parsed.ranks, parsed.kernels, parsed.candidates)
     return info(parsed.json) if parsed.command == "info" else verify(parsed.quick)
 
 
