@@ -32,32 +32,38 @@ class PassTiles:
 # product is three of tf32, and takes as many more registers.
 _HALF = {
     "project": {16: (256, 64, 8, 2), 32: (256, 64, 8, 2), 64: (128, 64, 8, 3), 128: (128, 32, 8, 3)},
-    "core": {16: (32, 0, 4, 2), 32: (32, 0, 4, 2), 64: (64, 0, 4, 2), 128: (16, 0, 8, 2)},
+    "core": {16: (32, 0, 2, 2), 32: (32, 0, 4, 2), 64: (64, 0, 4, 2), 128: (16, 0, 8, 2)},
     "accumulate": {16: (32, 256, 8, 3), 32: (32, 256, 8, 3), 64: (32, 256, 8, 3), 128: (32, 256, 8, 2)},
     "contract": {16: (32, 512, 8, 2), 32: (32, 512, 8, 2), 64: (32, 256, 8, 2), 128: (64, 128, 8, 2)},
     "spread": {16: (64, 128, 8, 2), 32: (64, 128, 8, 2), 64: (64, 128, 8, 2), 128: (32, 128, 8, 2)},
 }
 _FLOAT32 = {
     "project": {16: (128, 32, 8, 3), 32: (128, 32, 8, 3), 64: (64, 32, 8, 3), 128: (64, 16, 8, 4)},
-    "core": {16: (32, 0, 4, 2), 32: (32, 0, 4, 2), 64: (32, 0, 8, 2), 128: (16, 0, 8, 2)},
+    "core": {16: (32, 0, 2, 2), 32: (32, 0, 4, 2), 64: (32, 0, 8, 2), 128: (16, 0, 8, 2)},
     "accumulate": {16: (32, 128, 8, 3), 32: (32, 128, 8, 3), 64: (32, 128, 8, 2), 128: (32, 64, 8, 2)},
     "contract": {16: (32, 128, 8, 3), 32: (32, 64, 8, 3), 64: (32, 128, 8, 2), 128: (32, 64, 8, 3)},
     "spread": {16: (16, 128, 8, 3), 32: (16, 128, 8, 2), 64: (16, 64, 8, 2), 128: (16, 16, 8, 2)},
 }
 
 
-def default_tiles(kernel: str, R: int, dtype: torch.dtype) -> PassTiles:
+def default_tiles(kernel: str, R: int, dtype: torch.dtype, backend: str) -> PassTiles:
     """What runs where nothing was measured; float64 is to be right, and no more."""
     if dtype == torch.float64:
         return PassTiles(16, 32, 8, 1)
-    return PassTiles(*(_HALF if dtype.itemsize == 2 else _FLOAT32)[kernel][R])
+    tiles = PassTiles(*(_HALF if dtype.itemsize == 2 else _FLOAT32)[kernel][R])
+    if backend == "hip" and kernel in ("accumulate", "contract", "spread"):
+        # There registers hold what is fetched ahead, and a program has 64 KiB of shared memory.
+        half = dtype.itemsize == 2
+        parts = 4 if half and R == 128 else 2 if half or kernel == "accumulate" else 1
+        return replace(tiles, columns=tiles.columns // parts, stages=1)
+    return tiles
 
 
-def candidate_tiles(kernel: str, R: int, dtype: torch.dtype) -> tuple[PassTiles, ...]:
+def candidate_tiles(kernel: str, R: int, dtype: torch.dtype, backend: str) -> tuple[PassTiles, ...]:
     """What is measured beside the default: a few either way, none of which spills or is too large on every chip."""
     if dtype == torch.float64:
         return ()
-    own = default_tiles(kernel, R, dtype)
+    own = default_tiles(kernel, R, dtype, backend)
     every = (
         replace(own, rows=own.rows // 2),
         replace(own, columns=own.columns // 2),
@@ -70,7 +76,7 @@ def candidate_tiles(kernel: str, R: int, dtype: torch.dtype) -> tuple[PassTiles,
         replace(own, stages=own.stages - 1),
         replace(own, stages=own.stages + 1),
     )
-    return tuple(tiles for tiles in every if min(tiles.rows, tiles.columns) >= LEAST)
+    return tuple(tiles for tiles in every if min(tiles.rows, tiles.columns) >= LEAST and tiles.stages)
 
 
 def core_precision(dtype: torch.dtype, backend: str) -> str:

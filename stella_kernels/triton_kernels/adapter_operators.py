@@ -125,9 +125,10 @@ def _tiles(
     kernel: str, layer: Layer, shape: tuple[int, ...], variant: tuple[object, ...], run: Callable[[PassTiles], None]
 ) -> PassTiles:
     """The default, or what is fastest on this GPU for such shapes; ``run`` writes to memory of its own."""
-    default = adapter_configuration.default_tiles(kernel, layer.R, layer.dtype)
+    kind = kernel, layer.R, layer.dtype, target_backend()
+    default = adapter_configuration.default_tiles(*kind)
     shape_class = (layer.dtype, layer.R, *(triton.next_power_of_2(size) for size in shape), *variant)
-    candidates = adapter_configuration.candidate_tiles(kernel, layer.R, layer.dtype)
+    candidates = adapter_configuration.candidate_tiles(*kind)
     return autotuning.chosen(f"adapter {kernel}", shape_class, candidates, default, run, layer.U.device)
 
 
@@ -179,7 +180,7 @@ def _core(
     """A = ``scale`` times the sum of ``partials`` (splits, T, r), where it is wanted, and P = A Sᵀ or, ``transposed``,
     A S: one launch."""
     splits, T, r = partials.shape
-    tiles = adapter_configuration.default_tiles("core", layer.R, layer.dtype)
+    tiles = adapter_configuration.default_tiles("core", layer.R, layer.dtype, target_backend())
     strides = layer.core_strides[::-1] if transposed else layer.core_strides
     core_kernel[(triton.cdiv(T, tiles.rows),)](
         *(partials, layer.S, P if A is None else A, P, T, r, splits, *strides, scale),
@@ -284,7 +285,7 @@ def _contract(
 def _core_gradient(layer: Layer, partial_Q: Tensor, A: Tensor, need_S: bool, need_K: bool) -> tuple[Tensor, Tensor]:
     """K = Q S (T, r) and partial sums of ∂S = Qᵀ A: one launch, two where registers do not hold both."""
     splits, T, r = partial_Q.shape
-    tiles = adapter_configuration.default_tiles("core", layer.R, layer.dtype)
+    tiles = adapter_configuration.default_tiles("core", layer.R, layer.dtype, target_backend())
     chunk = _rows_of_chunk(T, 1, tiles)
     chunks = triton.cdiv(T, chunk)
     K = layer.new(T if need_K else 0, r, dtype=layer.dtype)

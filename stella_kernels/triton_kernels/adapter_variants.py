@@ -98,7 +98,7 @@ def _sizes(tiles: PassTiles) -> dict[str, int]:
 def adapter_variants(R: int, dtype: torch.dtype, backend: str = "cuda") -> Iterator[Variant]:
     """The launches of the adapter's operators on a layer of ``dtype`` at padded rank R, with and without dropout."""
     for name, part, kernel, switches in _launches(R, dtype):
-        tiles = default_tiles(part, R, dtype)
+        tiles = default_tiles(part, R, dtype, backend)
         constants = _sizes(tiles) | switches
         yield _variant(name, kernel, constants, R, dtype, backend, tiles.warps, tiles.stages)
     if R == 16:
@@ -113,8 +113,8 @@ def adapter_candidates(R: int, dtype: torch.dtype, backend: str = "cuda") -> Ite
         if part == "core":  # not measured
             continue
         # what differs in the number of programs alone is the same machine code
-        for tiles in dict.fromkeys(replace(t, programs=0) for t in candidate_tiles(part, R, dtype)):
-            if tiles == replace(default_tiles(part, R, dtype), programs=0):
+        for tiles in dict.fromkeys(replace(t, programs=0) for t in candidate_tiles(part, R, dtype, backend)):
+            if tiles == replace(default_tiles(part, R, dtype, backend), programs=0):
                 continue
             label = f"{name} {tiles.rows}x{tiles.columns} warps={tiles.warps} stages={tiles.stages}"
             constants = _sizes(tiles) | switches
