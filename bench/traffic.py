@@ -3,8 +3,9 @@
 Every load and store of a kernel counts the bytes of its unmasked elements, from wherever they come: what the caches
 spare is not taken off. A program of a grouped kernel reads and writes its own factor's memory only, so that the bytes
 of a model are those of one factor of each shape, counted at full size, times how many there are. The published step
-runs on fake tensors of the model's full size: each torch operation that computes counts its inputs and outputs, and
-the SVD, of which the inside cannot be seen, only those too.
+runs on fake tensors of the model's full size: each torch operation that computes counts its inputs and outputs. Of the
+SVD those are all that is counted but for one thing that is known of its inside: on a GPU torch copies the input, column
+by column, since cuSOLVER overwrites it (``svd_cusolver_gesvdaStridedBatched`` of ATen, the driver that is asked for).
 """
 
 from __future__ import annotations
@@ -152,6 +153,10 @@ def stiefel_step(r: int, given: bool) -> Moved:
 _FREE = ("_unsafe_view", "detach", "empty", "_local_scalar_dense", "profiler::", "prim::")
 
 
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
 class _Operations(TorchDispatchMode):
     """Bytes in and out of every torch operation that computes, and how many of them there are."""
 
@@ -173,8 +178,11 @@ class _Operations(TorchDispatchMode):
                     a.alias_info is not None and a.alias_info.is_write and a.name != "grads" for a in schema.arguments
                 ]
                 tensors.append([value for value, is_written in zip(args, written, strict=False) if is_written])
-            self.bytes[name] += sum(t.numel() * t.element_size() for t in tree_leaves(tensors) if isinstance(t, Tensor))
+            self.bytes[name] += sum(_size(t) for t in tree_leaves(tensors) if isinstance(t, Tensor))
             self.count[name] += 1
+            if name == "_linalg_svd":
+                self.bytes["copy for cuSOLVER"] += 2 * _size(args[0])  # read and written
+                self.count["copy for cuSOLVER"] += 1
         return result
 
 

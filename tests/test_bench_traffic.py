@@ -94,7 +94,7 @@ def test_a_step_keeps_to_the_floor_and_the_published_one_does_not() -> None:
         # The r x r algebra in its workspace, which stays in a cache, is counted: a tenth of all at r = 64.
         assert floor <= words <= (WANTED_OF_FLOOR if r == 16 else 1.25) * floor
         assert launches <= WANTED_LAUNCHES
-        assert published >= 4.5 * floor
+        assert published >= 5.0 * floor
         assert svds == 2  # a batched one for each shape
         assert operations >= 10 * svds
 
@@ -107,3 +107,6 @@ def test_operations_count_what_they_read_and_write() -> None:
         a.mT.add_(b.mT)  # views move nothing; reads a and b, writes a
         torch._foreach_mul_([a, b], 2.0)  # reads and writes both
     assert operations.bytes == {"add_": 3 * 4 * 32, "_foreach_mul_": 4 * 4 * 32}
+    with _Operations() as operations:
+        torch.linalg.svd(a, full_matrices=False)  # reads (8, 4), writes it, (4,) and (4, 4); copies (8, 4) before
+    assert operations.bytes == {"_linalg_svd": 4 * (2 * 32 + 4 + 16), "copy for cuSOLVER": 2 * 4 * 32}

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..checks import check_choice
-from .moves import POLAR, RETRACT
+from .moves import RETRACT
 
 MAX_RANK = 128
 PROGRAMS = 132  # of the solve, each with a workspace
@@ -88,7 +88,7 @@ _GREEDY = {"maxnreg": 255}
 
 
 def solve_options(backend: str) -> dict[str, int]:
-    """Loads of the r × r algebra are not fetched ahead: the addresses that takes spill, and the matrices are in cache."""
+    """Loads of the r × r algebra are not fetched ahead: the addresses would spill, and the matrices are in cache."""
     return {**_GREEDY, "num_stages": 1} if backend == "cuda" else {}
 
 
@@ -99,7 +99,7 @@ def lays_apart(arch: object) -> bool:
 
 def gram_options(backend: str, KIND: int, R: int) -> dict[str, int]:
     """A few registers more than ptxas stops at by itself."""
-    return _GREEDY if backend == "cuda" and KIND == RETRACT and R == 16 else {}
+    return _GREEDY if backend == "cuda" and KIND == RETRACT and R <= 32 else {}
 
 
 PRECISIONS = ("tf32x3", "ieee", "tf32")

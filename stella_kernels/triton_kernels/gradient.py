@@ -15,9 +15,11 @@ from .tiles import (
     load_tile,
     product,
     rows_from,
+    rows_left,
     store_square,
     store_tile,
     sum_partials,
+    tensor_of,
     times_square,
 )
 from .tiles import where_of as where_of
@@ -56,14 +58,16 @@ def coupling_kernel(
     known = tl.load(table + factor * _ROW + 4) != 0
     columns = tl.arange(0, R)
     end = tl.minimum(begin + CHUNK, n)
+    gradient, own = tensor_of(table, factor, GRADIENT, begin, ELEMENT), tensor_of(table, factor, FACTOR, begin, ELEMENT)
+    left = rows_left(n, begin)
     coupling = tl.zeros((R, R), dtype=TO)
     tainted = tl.zeros((BLOCK, R), dtype=TO)
     for start in range(begin, end, BLOCK):
         rows = rows_from(begin, start, BLOCK)
-        g = load_tile(table, factor, GRADIENT, begin, rows, columns, n, r, ELEMENT, TO, INDEX)  # (BLOCK, R)
+        g = load_tile(gradient, rows, columns, left, r, ELEMENT, TO, INDEX)  # (BLOCK, R)
         tainted += g * 0.0
         if not known:
-            y = load_tile(table, factor, FACTOR, begin, rows, columns, n, r, ELEMENT, TO, INDEX)  # (BLOCK, R)
+            y = load_tile(own, rows, columns, left, r, ELEMENT, TO, INDEX)  # (BLOCK, R)
             coupling = add_apart(coupling, product(tl.trans(g), y, PRECISION, TO), one)
     tl.store(poison + item, tl.sum(tl.sum(tainted, axis=1), axis=0))
     if not known:
@@ -138,19 +142,21 @@ def subtract_kernel(
         if SLAB == R:
             K = load_square(couplings + factor * (R * R), r, R, TO)
         columns = tl.arange(0, R)
+        gradient, own = tensor_of(table, factor, 0, begin, ELEMENT), tensor_of(table, factor, 1, begin, ELEMENT)
+        if SNAPSHOTS:
+            snapshot = tensor_of(table, factor, 2, begin, ELEMENT)
+        left = rows_left(n, begin)
         for start in range(begin, tl.minimum(begin + CHUNK, n), BLOCK):
             rows = rows_from(begin, start, BLOCK)
             if SLAB == R or SNAPSHOTS:
-                y = load_tile(table, factor, 1, begin, rows, columns, n, r, ELEMENT, TO, INDEX)  # (BLOCK, R)
+                y = load_tile(own, rows, columns, left, r, ELEMENT, TO, INDEX)  # (BLOCK, R)
             if SNAPSHOTS:
-                store_tile(table, factor, 2, begin, rows, columns, n, r, y, ELEMENT, INDEX)
+                store_tile(snapshot, rows, columns, left, r, y, ELEMENT, INDEX)
             if moves:
                 if SLAB == R:
                     along = product(y, K, PRECISION, TO)
                 else:
-                    along = times_square(
-                        *(table, factor, 1, begin, rows, n, r, couplings + factor * (R * R)),
-                        *(ELEMENT, TO, PRECISION, INDEX, R, SLAB, BLOCK),
-                    )
-                g = load_tile(table, factor, 0, begin, rows, columns, n, r, ELEMENT, TO, INDEX)  # (BLOCK, R)
-                store_tile(table, factor, 0, begin, rows, columns, n, r, g - along, ELEMENT, INDEX)
+                    at = couplings + factor * (R * R)
+                    along = times_square(own, rows, left, r, at, ELEMENT, TO, PRECISION, INDEX, R, SLAB, BLOCK)
+                g = load_tile(gradient, rows, columns, left, r, ELEMENT, TO, INDEX)  # (BLOCK, R)
+                store_tile(gradient, rows, columns, left, r, g - along, ELEMENT, INDEX)

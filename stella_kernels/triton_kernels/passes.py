@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .moves import ADAMW, POLAR, advance, load_move, rate_and_correction
+from .moves import ADAMW, POLAR, advance, constants_of, load_move, tensors_of
 from .tiles import (
     MOVE,
     add_apart,
@@ -16,6 +16,7 @@ from .tiles import (
     product,
     product_apart,
     rows_from,
+    rows_left,
     store_tile,
     times_square,
     where_of,
@@ -75,32 +76,27 @@ def gram_kernel(
             C2 = tl.zeros((TALL, WIDTH), dtype=TO)
             D2 = tl.zeros((TALL, WIDTH), dtype=TO)
         at = couplings + factor * (R * R)
-        if ADVANCE:
-            constants = rate_and_correction(settings, factor, TO)
-            if SLAB == R:
-                K = load_square(at, r, R, TO)
+        constants = constants_of(settings, factor, KIND, TO)
+        left = rows_left(n, begin)
+        if ADVANCE and SLAB == R:
+            K = load_square(at, r, R, TO)
         for start in range(begin, tl.minimum(begin + CHUNK, n), BLOCK):
             rows = rows_from(begin, start, BLOCK)
+            tensors = tensors_of(table, factor, begin, KIND, STEPS, ELEMENT)  # not kept beside the accumulators
             if ADVANCE:
                 if SLAB == R:
-                    y = load_tile(table, factor, 0, begin, rows, columns, n, r, ELEMENT, TO, INDEX)
+                    y = load_tile(tensors[0], rows, columns, left, r, ELEMENT, TO, INDEX)
                     along = product_apart(y, K, one, PRECISION, TO) if APART else product(y, K, PRECISION, TO)
                 else:
-                    along = times_square(
-                        table, factor, 0, begin, rows, n, r, at, ELEMENT, TO, PRECISION, INDEX, R, SLAB, BLOCK
-                    )
-                d = advance(
-                    table, factor, settings, constants, along, begin, rows, columns, n, r, STEPS, ELEMENT, TO, INDEX
-                )
+                    along = times_square(tensors[0], rows, left, r, at, ELEMENT, TO, PRECISION, INDEX, R, SLAB, BLOCK)
+                d = advance(tensors, constants, along, rows, columns, left, r, STEPS, ELEMENT, TO, INDEX)
             else:
-                y, d = load_move(table, factor, settings, begin, rows, columns, n, r, KIND, STEPS, ELEMENT, TO, INDEX)
+                y, d = load_move(tensors, constants, rows, columns, left, r, KIND, STEPS, ELEMENT, TO, INDEX)
             if GRAM:
                 if SLAB == R:
                     ys, ds = y, d
                 else:
-                    ys, ds = load_move(
-                        table, factor, settings, begin, rows, slab, n, r, KIND, STEPS, ELEMENT, TO, INDEX
-                    )
+                    ys, ds = load_move(tensors, constants, rows, slab, left, r, KIND, STEPS, ELEMENT, TO, INDEX)
                 xt = tl.trans(y) if KIND == _POLAR else tl.trans(beside(y, d))
                 if HALVES:
                     y1, y2 = halves(ys)
@@ -178,7 +174,12 @@ def update_kernel(
     begin = tl.multiple_of(begin, CHUNK)
     if tl.load(state + factor) == _MOVE:
         columns = tl.arange(0, R)
+        KEPT: tl.constexpr = R == 16  # past that addresses do not fit beside the coefficients
         scale = tl.load(scales + factor)
+        constants = constants_of(settings, factor, KIND, TO)
+        if KEPT:
+            tensors = tensors_of(table, factor, begin, KIND, STEPS, ELEMENT)
+        left = rows_left(n, begin)
         at = coefficients + factor * (2 * R * R)
         if SLAB == R:
             F = load_square(at + R * R, r, R, TO)
@@ -186,20 +187,22 @@ def update_kernel(
                 W = load_square(at, r, R, TO)
         for start in range(begin, tl.minimum(begin + CHUNK, n), BLOCK):
             rows = rows_from(begin, start, BLOCK)
+            if not KEPT:
+                tensors = tensors_of(table, factor, begin, KIND, STEPS, ELEMENT)
             if SLAB != R:
                 new = tl.zeros((BLOCK, R), dtype=TO)
                 for first in range(0, R, SLAB):
                     part = first + tl.arange(0, SLAB)
-                    y, d = load_move(table, factor, settings, begin, rows, part, n, r, KIND, STEPS, ELEMENT, TO, INDEX)
+                    y, d = load_move(tensors, constants, rows, part, left, r, KIND, STEPS, ELEMENT, TO, INDEX)
                     new += product(d, load_rows(at + R * R, first, r, R, SLAB, TO), PRECISION, TO)
                     if KIND != _POLAR:
                         tl.debug_barrier()  # as in gram_kernel: one product's operands at a time
                         new += product(y, load_rows(at, first, r, R, SLAB, TO), PRECISION, TO)
-            y, d = load_move(table, factor, settings, begin, rows, columns, n, r, KIND, STEPS, ELEMENT, TO, INDEX)
+            y, d = load_move(tensors, constants, rows, columns, left, r, KIND, STEPS, ELEMENT, TO, INDEX)
             if SLAB == R:
                 new = product(d, F, PRECISION, TO)
                 if KIND != _POLAR:
                     new += product(y, W, PRECISION, TO)
             new = (d + new) * scale if KIND == _POLAR else scale * y + (scale * d + new)
             tl.debug_barrier()  # a row's every column is read before one of them is written
-            store_tile(table, factor, 1 if KIND == _POLAR else 0, begin, rows, columns, n, r, new, ELEMENT, INDEX)
+            store_tile(tensors[1 if KIND == _POLAR else 0], rows, columns, left, r, new, ELEMENT, INDEX)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .moves import POLAR, load_move
+from .moves import POLAR, constants_of, load_move, tensors_of
 from .small import (
     add_transposed,
     block,
@@ -17,7 +17,7 @@ from .small import (
     multiply,
     store_block,
 )
-from .tiles import ROW, product, store_tile
+from .tiles import ROW, product, rows_left, store_tile, tensor_of
 
 PASSES = 12
 
@@ -27,8 +27,19 @@ _PASSES = tl.constexpr(PASSES)
 
 
 @triton.jit
+def load_rows_of(
+    table, factor, constants, start, rows, columns, n, r, KIND: tl.constexpr, STEPS: tl.constexpr,
+    ELEMENT: tl.constexpr, INDEX: tl.constexpr
+):  # fmt: skip
+    """:func:`load_move` at (start + rows, columns), in float64; a rescue walks all rows of a factor."""
+    tensors = tensors_of(table, factor, start, KIND, STEPS, ELEMENT)
+    left = rows_left(n, start)
+    return load_move(tensors, constants, rows, columns, left, r, KIND, STEPS, ELEMENT, tl.float64, INDEX, False)
+
+
+@triton.jit
 def combined_tile(
-    table, factor, settings, W, start, first, n, r, KIND: tl.constexpr, STEPS: tl.constexpr, ELEMENT: tl.constexpr,
+    table, factor, constants, W, start, first, n, r, KIND: tl.constexpr, STEPS: tl.constexpr, ELEMENT: tl.constexpr,
     INDEX: tl.constexpr, R: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
     """Rows from ``start``, columns [first, first + T), of X = Y W₀ + Δ W₁, in float64; of POLAR X = M W₁."""
@@ -36,9 +47,7 @@ def combined_tile(
     rows = tl.arange(0, ROWS)
     for k in range(0, r, T):
         columns = k + tl.arange(0, T)
-        y, d = load_move(
-            table, factor, settings, start, rows, columns, n, r, KIND, STEPS, ELEMENT, tl.float64, INDEX, False
-        )
+        y, d = load_rows_of(table, factor, constants, start, rows, columns, n, r, KIND, STEPS, ELEMENT, INDEX)
         total += product(d, block(W + R * R, k, first, R, 1, r, T), "ieee", tl.float64)
         if KIND != _POLAR:
             total += product(y, block(W, k, first, R, 1, r, T), "ieee", tl.float64)
@@ -47,7 +56,7 @@ def combined_tile(
 
 @triton.jit
 def combined_gram(
-    table, factor, settings, W, G, n, r, KIND: tl.constexpr, STEPS: tl.constexpr, ELEMENT: tl.constexpr,
+    table, factor, constants, W, G, n, r, KIND: tl.constexpr, STEPS: tl.constexpr, ELEMENT: tl.constexpr,
     INDEX: tl.constexpr, R: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
     """G = XᵀX."""
@@ -55,8 +64,8 @@ def combined_gram(
         for j in range(0, r, T):
             total = tl.zeros((T, T), dtype=tl.float64)
             for start in range(0, n, ROWS):
-                xi = combined_tile(table, factor, settings, W, start, i, n, r, KIND, STEPS, ELEMENT, INDEX, R, T, ROWS)
-                xj = combined_tile(table, factor, settings, W, start, j, n, r, KIND, STEPS, ELEMENT, INDEX, R, T, ROWS)
+                xi = combined_tile(table, factor, constants, W, start, i, n, r, KIND, STEPS, ELEMENT, INDEX, R, T, ROWS)
+                xj = combined_tile(table, factor, constants, W, start, j, n, r, KIND, STEPS, ELEMENT, INDEX, R, T, ROWS)
                 total += product(tl.trans(xi), xj, "ieee", tl.float64)
             store_block(G, i, j, total, r, R, T)
     tl.debug_barrier()
@@ -87,15 +96,14 @@ def rescue(
     n, r = tl.load(header), tl.load(header + 1).to(tl.int32)
     W, G, zeta = work + 6 * R * R, work, work + R * R
     one, two = work + 2 * R * R, work + 3 * R * R
+    constants = constants_of(settings, factor, KIND, tl.float64)
     rows = tl.arange(0, ROWS)
     largest = tl.zeros((ROWS, T), dtype=tl.float64)
     tainted = tl.zeros((ROWS, T), dtype=tl.float64)
     for start in range(0, n, ROWS):
         for k in range(0, r, T):
             columns = k + tl.arange(0, T)
-            y, d = load_move(
-                table, factor, settings, start, rows, columns, n, r, KIND, STEPS, ELEMENT, tl.float64, INDEX, False
-            )
+            y, d = load_rows_of(table, factor, constants, start, rows, columns, n, r, KIND, STEPS, ELEMENT, INDEX)
             largest = tl.maximum(largest, tl.abs(d))
             tainted += d * 0.0 + y * 0.0
     size = tl.max(tl.max(largest, axis=1), axis=0)
@@ -113,14 +121,34 @@ def rescue(
                 for j in range(0, r, T):
                     total = tl.zeros((T, T), dtype=tl.float64)
                     for start in range(0, n, ROWS):
-                        y, _unused = load_move(
-                            table, factor, settings, start, rows, i + tl.arange(0, T), n, r, KIND, STEPS, ELEMENT,
-                            tl.float64, INDEX, False
-                        )  # fmt: skip
-                        _unused, d = load_move(
-                            table, factor, settings, start, rows, j + tl.arange(0, T), n, r, KIND, STEPS, ELEMENT,
-                            tl.float64, INDEX, False
-                        )  # fmt: skip
+                        y, _unused = load_rows_of(
+                            table,
+                            factor,
+                            constants,
+                            start,
+                            rows,
+                            i + tl.arange(0, T),
+                            n,
+                            r,
+                            KIND,
+                            STEPS,
+                            ELEMENT,
+                            INDEX,
+                        )
+                        _unused, d = load_rows_of(
+                            table,
+                            factor,
+                            constants,
+                            start,
+                            rows,
+                            j + tl.arange(0, T),
+                            n,
+                            r,
+                            KIND,
+                            STEPS,
+                            ELEMENT,
+                            INDEX,
+                        )
                         total += product(tl.trans(y), d * scale, "ieee", tl.float64)
                     store_block(G, i, j, total, r, R, T)
             tl.debug_barrier()
@@ -131,7 +159,7 @@ def rescue(
         going = True
         limit = 1e-15 * r if tl.float64 == ELEMENT else 1e-10
         while going:
-            combined_gram(table, factor, settings, W, G, n, r, KIND, STEPS, ELEMENT, INDEX, R, T, ROWS)
+            combined_gram(table, factor, constants, W, G, n, r, KIND, STEPS, ELEMENT, INDEX, R, T, ROWS)
             combine(one, 1.0, G, 0.0, G, -1.0, r, R, T, tl.float64)
             before = error
             error = tl.sqrt(inner(one, one, r, R, T, tl.float64))
@@ -158,21 +186,21 @@ def rescue(
             passes += 1
         if status == 0.0:
             OUT: tl.constexpr = 1 if KIND == _POLAR else 0
-            write_combined(table, factor, settings, W, n, r, KIND, STEPS, ELEMENT, INDEX, R, T, ROWS, OUT)
+            write_combined(table, factor, constants, W, n, r, KIND, STEPS, ELEMENT, INDEX, R, T, ROWS, OUT)
             if (KIND != _POLAR) & (tl.float64 == ELEMENT):
                 # Y W₀ and Δ W₁ are large and cancel where the step was long: what that left is taken away from Q itself
                 scaled_identity(W + R * R, 1.0, r, R, T)
-                combined_gram(table, factor, settings, W, G, n, r, _POLAR, False, ELEMENT, INDEX, R, T, ROWS)
+                combined_gram(table, factor, constants, W, G, n, r, _POLAR, False, ELEMENT, INDEX, R, T, ROWS)
                 combine(G, -1.0, G, 0.0, G, 1.0, r, R, T, tl.float64)
                 steps += inverse_root_series(work, 1e-3, 1e-16, r, R, T, "ieee", tl.float64, True)
                 combine(W + R * R, 1.0, zeta, 0.0, zeta, 1.0, r, R, T, tl.float64)
-                write_combined(table, factor, settings, W, n, r, _POLAR, False, ELEMENT, INDEX, R, T, ROWS, 0)
+                write_combined(table, factor, constants, W, n, r, _POLAR, False, ELEMENT, INDEX, R, T, ROWS, 0)
     return status, error, steps
 
 
 @triton.jit
 def write_combined(
-    table, factor, settings, W, n, r, KIND: tl.constexpr, STEPS: tl.constexpr, ELEMENT: tl.constexpr,
+    table, factor, constants, W, n, r, KIND: tl.constexpr, STEPS: tl.constexpr, ELEMENT: tl.constexpr,
     INDEX: tl.constexpr, R: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr
 ):  # fmt: skip
     """X in the place of the factor: every column of a tile of rows is computed before one of them is written."""
@@ -183,12 +211,11 @@ def write_combined(
             part = k + tl.arange(0, T)
             mask = (part < r)[:, None] & (columns < r)[None, :]
             at = part[:, None] * R + columns[None, :]
-            y, d = load_move(
-                table, factor, settings, start, rows, part, n, r, KIND, STEPS, ELEMENT, tl.float64, INDEX, False
-            )
+            y, d = load_rows_of(table, factor, constants, start, rows, part, n, r, KIND, STEPS, ELEMENT, INDEX)
             total += product(d, tl.load(W + R * R + at, mask=mask, other=0.0), "ieee", tl.float64)
             if KIND != _POLAR:
                 total += product(y, tl.load(W + at, mask=mask, other=0.0), "ieee", tl.float64)
         tl.debug_barrier()
-        store_tile(table, factor, OUT, start, rows, columns, n, r, total, ELEMENT, INDEX, False)
+        out = tensor_of(table, factor, OUT, start, ELEMENT)
+        store_tile(out, rows, columns, rows_left(n, start), r, total, ELEMENT, INDEX, False)
         tl.debug_barrier()

@@ -31,87 +31,85 @@ _WIDE_COLUMNS = tl.constexpr(WIDE_COLUMNS)
 
 
 @triton.jit
-def load_tile(
-    table,
-    factor,
-    tensor: tl.constexpr,
-    start,
-    rows,
-    columns,
-    n,
-    r,
-    ELEMENT: tl.constexpr,
-    TO: tl.constexpr,
-    INDEX: tl.constexpr,
-    WIDE: tl.constexpr = True,
-):
-    """Elements (start + rows, columns) of a factor's tensor, zero outside (n, r), widened to the arithmetic's dtype.
-
-    Offsets from the tile's first row are of dtype INDEX: int32 where they fit, which halves the registers they take.
-    Without WIDE every storage is read an element at a time: a third of the code, for where speed is not the point.
-    """
+def tensor_of(table, factor, tensor: tl.constexpr, start, ELEMENT: tl.constexpr):
+    """Of a factor's tensor from row ``start``: address, row stride, column stride, storage. Loaded once a program."""
     field = table + factor * _ROW + _HEADER + tensor * _FIELDS
     row_stride = tl.load(field + 1)
     base = tl.load(field).to(tl.pointer_type(ELEMENT)) + start * row_stride
-    row_step = row_stride.to(INDEX)
-    column_step = tl.load(field + 2).to(INDEX)
-    storage = tl.load(field + 3)
-    left = tl.minimum(n - start, 1 << 30).to(tl.int32)
+    return base, row_stride, tl.load(field + 2), tl.load(field + 3).to(tl.int32)
+
+
+@triton.jit
+def rows_left(n, start):
+    """Rows from ``start`` on, as far as offsets inside a program's part go."""
+    return tl.minimum(n - start, 1 << 30).to(tl.int32)
+
+
+@triton.jit
+def wide_rows(tensor, rows, columns, left, r, WIDTH: tl.constexpr, INDEX: tl.constexpr):
+    """Pointers and mask of a tile whose rows lie side by side; what is known of them is said of the tiles, since what
+    is said of a function's argument is lost when it is inlined."""
+    mask = tl.max_constancy((rows < left)[:, None] & (columns < r)[None, :], (1, WIDTH))
+    offsets = (rows * tensor[1].to(INDEX))[:, None] + columns[None, :]
+    return tl.multiple_of(tensor[0] + offsets, (1, 16)), mask
+
+
+@triton.jit
+def wide_columns(tensor, rows, columns, left, r, WIDTH: tl.constexpr, INDEX: tl.constexpr):
+    """As :func:`wide_rows`, of a tile whose columns lie side by side."""
+    mask = tl.max_constancy((rows < left)[:, None] & (columns < r)[None, :], (WIDTH, 1))
+    offsets = rows[:, None] + (columns * tensor[2].to(INDEX))[None, :]
+    return tl.multiple_of(tensor[0] + offsets, (16, 1)), mask
+
+
+@triton.jit
+def any_places(tensor, rows, columns, left, r, INDEX: tl.constexpr):
+    """As :func:`wide_rows`, of a tile by its strides."""
+    mask = (rows < left)[:, None] & (columns < r)[None, :]
+    return tensor[0] + (rows * tensor[1].to(INDEX))[:, None] + (columns * tensor[2].to(INDEX))[None, :], mask
+
+
+@triton.jit
+def load_tile(
+    tensor, rows, columns, left, r, ELEMENT: tl.constexpr, TO: tl.constexpr, INDEX: tl.constexpr,
+    WIDE: tl.constexpr = True
+):  # fmt: skip
+    """Elements (rows, columns) of a :func:`tensor_of`, zero outside (left, r), widened to the arithmetic's dtype.
+
+    Offsets from its first row are of dtype INDEX: int32 where they fit, which halves the registers they take.
+    Without WIDE every storage is read an element at a time: a third of the code, for where speed is not the point.
+    """
     WIDTH: tl.constexpr = 128 // ELEMENT.primitive_bitwidth
-    if WIDE and storage == _WIDE_ROWS:  # elements of a row side by side
-        mask = (rows < left)[:, None] & (columns < tl.multiple_of(r, WIDTH))[None, :]
-        offsets = (rows * tl.multiple_of(row_step, WIDTH))[:, None] + columns[None, :]
-        tile = tl.load(tl.multiple_of(base, 16) + offsets, mask=mask, other=0.0)
-    elif WIDE and storage == _WIDE_COLUMNS:  # elements of a column side by side
-        mask = (rows < tl.multiple_of(left, WIDTH))[:, None] & (columns < r)[None, :]
-        offsets = rows[:, None] + (columns * tl.multiple_of(column_step, WIDTH))[None, :]
-        tile = tl.load(tl.multiple_of(base, 16) + offsets, mask=mask, other=0.0)
+    if WIDE and tensor[3] == _WIDE_ROWS:
+        pointers, mask = wide_rows(tensor, rows, columns, left, r, WIDTH, INDEX)
+        tile = tl.load(pointers, mask=mask, other=0.0)
+    elif WIDE and tensor[3] == _WIDE_COLUMNS:
+        pointers, mask = wide_columns(tensor, rows, columns, left, r, WIDTH, INDEX)
+        tile = tl.load(pointers, mask=mask, other=0.0)
     else:
-        mask = (rows < left)[:, None] & (columns < r)[None, :]
-        offsets = (rows * row_step)[:, None] + (columns * column_step)[None, :]
-        tile = tl.load(base + offsets, mask=mask, other=0.0)
+        pointers, mask = any_places(tensor, rows, columns, left, r, INDEX)
+        tile = tl.load(pointers, mask=mask, other=0.0)
     return tile.to(TO)
 
 
 @triton.jit
 def store_tile(
-    table,
-    factor,
-    tensor: tl.constexpr,
-    start,
-    rows,
-    columns,
-    n,
-    r,
-    value,
-    ELEMENT: tl.constexpr,
-    INDEX: tl.constexpr,
-    WIDE: tl.constexpr = True,
+    tensor, rows, columns, left, r, value, ELEMENT: tl.constexpr, INDEX: tl.constexpr, WIDE: tl.constexpr = True
 ):
-    """The counterpart of :func:`load_tile`; stores nothing outside (n, r)."""
-    field = table + factor * _ROW + _HEADER + tensor * _FIELDS
-    row_stride = tl.load(field + 1)
-    base = tl.load(field).to(tl.pointer_type(ELEMENT)) + start * row_stride
-    row_step = row_stride.to(INDEX)
-    column_step = tl.load(field + 2).to(INDEX)
-    storage = tl.load(field + 3)
-    left = tl.minimum(n - start, 1 << 30).to(tl.int32)
+    """The counterpart of :func:`load_tile`; stores nothing outside (left, r)."""
     WIDTH: tl.constexpr = 128 // ELEMENT.primitive_bitwidth
     if ELEMENT.primitive_bitwidth == 16:
         value = value.to(tl.float32)  # no target narrows float64 to 16 bits in one step
     narrow = value.to(ELEMENT)
-    if WIDE and storage == _WIDE_ROWS:
-        mask = (rows < left)[:, None] & (columns < tl.multiple_of(r, WIDTH))[None, :]
-        offsets = (rows * tl.multiple_of(row_step, WIDTH))[:, None] + columns[None, :]
-        tl.store(tl.multiple_of(base, 16) + offsets, narrow, mask=mask)
-    elif WIDE and storage == _WIDE_COLUMNS:
-        mask = (rows < tl.multiple_of(left, WIDTH))[:, None] & (columns < r)[None, :]
-        offsets = rows[:, None] + (columns * tl.multiple_of(column_step, WIDTH))[None, :]
-        tl.store(tl.multiple_of(base, 16) + offsets, narrow, mask=mask)
+    if WIDE and tensor[3] == _WIDE_ROWS:
+        pointers, mask = wide_rows(tensor, rows, columns, left, r, WIDTH, INDEX)
+        tl.store(pointers, narrow, mask=mask)
+    elif WIDE and tensor[3] == _WIDE_COLUMNS:
+        pointers, mask = wide_columns(tensor, rows, columns, left, r, WIDTH, INDEX)
+        tl.store(pointers, narrow, mask=mask)
     else:
-        mask = (rows < left)[:, None] & (columns < r)[None, :]
-        offsets = (rows * row_step)[:, None] + (columns * column_step)[None, :]
-        tl.store(base + offsets, narrow, mask=mask)
+        pointers, mask = any_places(tensor, rows, columns, left, r, INDEX)
+        tl.store(pointers, narrow, mask=mask)
 
 
 @triton.jit
@@ -145,14 +143,14 @@ def product_apart(a, b, one, PRECISION: tl.constexpr, TO: tl.constexpr):
 
 @triton.jit
 def times_square(
-    table, factor, tensor: tl.constexpr, begin, rows, n, r, matrix, ELEMENT: tl.constexpr, TO: tl.constexpr,
-    PRECISION: tl.constexpr, INDEX: tl.constexpr, R: tl.constexpr, SLAB: tl.constexpr, BLOCK: tl.constexpr
+    tensor, rows, left, r, matrix, ELEMENT: tl.constexpr, TO: tl.constexpr, PRECISION: tl.constexpr,
+    INDEX: tl.constexpr, R: tl.constexpr, SLAB: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """A tile of rows of a factor's tensor times an (r, r) matrix that is read anew, SLAB of its rows at a time."""
+    """A tile of rows of a :func:`tensor_of` times an (r, r) matrix that is read anew, SLAB of its rows at a time."""
     total = tl.zeros((BLOCK, R), dtype=TO)
     for first in range(0, R, SLAB):
         part = first + tl.arange(0, SLAB)
-        tile = load_tile(table, factor, tensor, begin, rows, part, n, r, ELEMENT, TO, INDEX)  # (BLOCK, SLAB)
+        tile = load_tile(tensor, rows, part, left, r, ELEMENT, TO, INDEX)  # (BLOCK, SLAB)
         total += product(tile, load_rows(matrix, first, r, R, SLAB, TO), PRECISION, TO)
     return total
 
