@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from bench.timing import Machine, interleaved_samples, machine_of, machine_probes, paired_ratio
+from bench.device import CPU
+from bench.timing import Machine, interleaved_samples, machine_of, machine_probes, milliseconds, paired_ratio
 from stella_kernels import StellaLinear
 
 LARGE = (4096, 4096)  # the layer of which the overhead is promised
@@ -55,8 +56,8 @@ class Case:
         return self.adapter_flops / self.base_flops
 
 
-def cases(full: bool = False) -> list[Case]:
-    """A few minutes' worth, or all that the promises speak of (an hour and more)."""
+def cases(full: bool = False, device: torch.device = CPU) -> list[Case]:
+    """A few minutes' worth, or all that the promises speak of (an hour and more on a CPU)."""
     if full:
         return [
             Case(tokens, *shape, r, dropout, dtype)
@@ -67,6 +68,8 @@ def cases(full: bool = False) -> list[Case]:
         ]
     chosen = [Case(2048, *LARGE, 8, 0.0), Case(2048, *LARGE, 64, 0.0), Case(2048, *SMALL, 16, 0.0)]
     chosen += [Case(8192, *SMALL, 32, 0.0), Case(512, *SMALL, 16, 0.0, torch.bfloat16)]
+    if device.type == "cuda":  # as models are trained there, and of the size that bench.adapter_traffic counts
+        chosen += [Case(4096, *LARGE, r, 0.0, torch.bfloat16) for r in (16, 64)]
     return [replace(case, dropout=dropout) for case in chosen for dropout in (0.0, 0.05)]
 
 
@@ -77,9 +80,10 @@ class Published(nn.Module):
         super().__init__()
         self.base = base
         self.dropout = nn.Dropout(dropout) if dropout > 0.0 else nn.Identity()
-        self.Vt = nn.Linear(base.in_features, r, bias=False)
-        self.S = nn.Linear(r, r, bias=False)
-        self.U = nn.Linear(r, base.out_features, bias=False)
+        device = base.weight.device
+        self.Vt = nn.Linear(base.in_features, r, bias=False, device=device)
+        self.S = nn.Linear(r, r, bias=False, device=device)
+        self.U = nn.Linear(r, base.out_features, bias=False, device=device)
         self.scaling = 1.0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -136,13 +140,13 @@ class Problem:
         return total
 
 
-def problem(case: Case, names: Sequence[str] = tuple(LAYERS)) -> Problem:
-    """Fresh random data of a case; every layer has the same base."""
+def problem(case: Case, names: Sequence[str] = tuple(LAYERS), device: torch.device = CPU) -> Problem:
+    """Fresh random data of a case, drawn on the CPU for every device; every layer has the same base."""
     generator = torch.Generator().manual_seed(case.tokens + case.r)
-    base = nn.Linear(case.n, case.m, dtype=case.dtype).requires_grad_(False)
+    base = nn.Linear(case.n, case.m, dtype=case.dtype, device=device).requires_grad_(False)
     layers = {name: LAYERS[name](base, case.r, case.dropout).train() for name in names}
-    x = torch.randn(case.tokens, case.n, generator=generator).to(case.dtype).requires_grad_()
-    return Problem(layers, x, torch.randn(case.tokens, case.m, generator=generator).to(case.dtype))
+    x = torch.randn(case.tokens, case.n, generator=generator).to(device, case.dtype).requires_grad_()
+    return Problem(layers, x, torch.randn(case.tokens, case.m, generator=generator).to(device, case.dtype))
 
 
 @dataclass(frozen=True)
@@ -181,16 +185,16 @@ class Row:
         }
 
 
-def measure(case: Case, seconds: float) -> Row:
+def measure(case: Case, seconds: float, device: torch.device = CPU) -> Row:
     """Time every layer on one case for about ``seconds`` in all."""
-    given = problem(case)
+    given = problem(case, device=device)
     candidates: Mapping[str, Callable[[], object]] = {name: (lambda name=name: given.step(name)) for name in LAYERS}
-    samples = interleaved_samples({**machine_probes(), **candidates}, seconds)
+    samples = interleaved_samples({**machine_probes(device), **candidates}, seconds, device=device)
     return Row(
         case,
         {name: samples[name] for name in LAYERS},
         {name: given.saved_bytes(name) for name in LAYERS},
-        machine_of(samples),
+        machine_of(samples, device),
     )
 
 
@@ -216,7 +220,7 @@ def table_row(row: Row) -> str:
     kept = " ".join(f"{row.saved[name] / unit:{width}.3f}" for name, width in widths)
     return (
         f"{case.tokens:5d} {f'{case.m} × {case.n}':>11} {case.r:3d} {case.dropout:5g} {case.dtype_name:>8} | "
-        f"{1e3 * row.seconds('base'):6.1f} ms {extra} | {case.share:6.1%} {row.shares:11.1f} × "
+        f"{milliseconds(row.seconds('base'), 6, 1)} ms {extra} | {case.share:6.1%} {row.shares:11.1f} × "
         f"{row.over('lora', 'ours'):9.3f} | {kept} | {row.machine.flops / 1e9:4.0f} {row.machine.bandwidth / 1e9:4.0f}"
     )
 

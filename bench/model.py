@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from bench.device import CPU
 from bench.published import PublishedGeometry
 from bench.shapes import LLAMA_3_8B
 from stella_kernels.functional import polar
@@ -18,15 +19,18 @@ LEARNING_RATE = 5e-4
 HIDDEN_SIZE = float(LLAMA_3_8B.hidden)
 
 
-def llama_factors(layers: int, r: int, generator: torch.Generator) -> list[StiefelFactor]:
-    """U (m, r) and Vᵀ (r, n) of all 7 projections of ``layers`` layers, orthonormal, with random gradients, float32."""
+def llama_factors(layers: int, r: int, generator: torch.Generator, device: torch.device = CPU) -> list[StiefelFactor]:
+    """U (m, r) and Vᵀ (r, n) of all 7 projections of ``layers`` layers, orthonormal, with random gradients, float32.
+
+    Drawn on the CPU, by its generator, so that every device has the same ones.
+    """
     factors = []
     for layer in range(layers):
         for projection, (m, n) in LLAMA_3_8B.projections.items():
             for side, height in (("U", m), ("Vt", n)):
-                Y = polar(torch.randn(height, r, generator=generator))
+                Y = polar(torch.randn(height, r, generator=generator).to(device))
                 parameter = nn.Parameter(Y.mT.contiguous() if side == "Vt" else Y)
-                parameter.grad = torch.randn(parameter.shape, generator=generator)
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
                 factors.append(StiefelFactor(parameter, side == "Vt", f"{layer}.{projection}.{side}"))
     return factors
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from bench import compositions
+from bench.device import CPU
 from bench.shapes import Case
-from bench.timing import Machine, interleaved_medians
+from bench.timing import Machine, interleaved_medians, milliseconds
 from stella_kernels.functional import polar
 
 STEP_NORM = 0.15  # spectral norm of the step: at learning rate 5e-4 training takes steps of 0.03 to 0.18
@@ -75,22 +76,22 @@ def relative_error(Q: Tensor, exact: Tensor) -> float:
     return float((difference / torch.linalg.matrix_norm(exact)).max())
 
 
-def measure(case: Case, machine: Machine, seconds: float) -> Row:
-    """Time every candidate on one case for about ``seconds`` and measure the errors against a float64 SVD."""
-    M = retraction_input(case.batch, case.n, case.r, torch.Generator().manual_seed(case.n * 1000 + case.r))
+def measure(case: Case, machine: Machine, seconds: float, device: torch.device = CPU) -> Row:
+    """Time every candidate on one case for about ``seconds`` and measure the errors against LAPACK's float64 SVD."""
+    M = retraction_input(case.batch, case.n, case.r, torch.Generator().manual_seed(case.n * 1000 + case.r)).to(device)
     candidates = {
         "native": lambda: polar(M),
         "qr": lambda: compositions.qr(M),
         **{name: (lambda run=run: run(M)) for name, run in compositions.POLAR.items()},
     }
     few = M[:ERROR_MATRICES]
-    exact = compositions.svd(few.double())
+    exact = compositions.svd(few.double().cpu())
     return Row(
         case=case,
-        seconds=interleaved_medians(candidates, seconds),
+        seconds=interleaved_medians(candidates, seconds, device),
         floor=machine.floor(case.batch, case.n, case.r),
-        native_error=relative_error(polar(few), exact),
-        svd_error=relative_error(compositions.svd(few), exact),
+        native_error=relative_error(polar(few).cpu(), exact),
+        svd_error=relative_error(compositions.svd(few).cpu(), exact),
     )
 
 
@@ -103,7 +104,7 @@ HEADER = (
 def table_row(row: Row) -> str:
     """One line of the table on the terminal."""
     names = ("native", "svd", "qr", "gram_eigh", "gram_newton_schulz")
-    times = " ".join(f"{1e3 * row.seconds[name]:8.2f}" for name in names)
+    times = " ".join(milliseconds(row.seconds[name], 8, 2) for name in names)
     shape = f"{row.case.batch} × {row.case.n} × {row.case.r}"
     return (
         f"{shape:>17} | {times}    | {row.over_svd:6.1f} {row.over_best:11.2f} {row.of_floor:8.0%} | "

@@ -16,6 +16,11 @@ from torch import Tensor
 from stella_kernels.nn import StiefelFactor
 
 
+def svd_driver(M: Tensor) -> str | None:
+    """The driver that the published code asks for: cuSOLVER's alone has it, and elsewhere torch's default serves."""
+    return "gesvda" if M.is_cuda and torch.version.hip is None else None
+
+
 class PublishedGeometry:
     """Attach the stacked, SVD-based geometry to ``optimizer``; ``remove()`` takes it off again.
 
@@ -58,7 +63,8 @@ class PublishedGeometry:
                 delta.div_(math.sqrt(Y.shape[-2] / self._hidden_size))
             product = Y.mT @ delta  # (B, r, r)
             delta = delta - Y @ (0.5 * (product + product.mT))
-            P, _, Rt = torch.linalg.svd(Y + delta, full_matrices=False)
+            M = Y + delta
+            P, _, Rt = torch.linalg.svd(M, full_matrices=False, driver=svd_driver(M))
             for factor, retracted in zip(group, P @ Rt, strict=True):
                 factor.view.copy_(retracted)
         self._before = []

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from bench import compositions
+from bench.device import CPU
 from bench.model import llama_factors
 from bench.polar import STEP_NORM
-from bench.shapes import LLAMA_3_8B
-from bench.timing import Machine, interleaved_samples, machine_of, machine_probes, paired_ratio
+from bench.shapes import LLAMA_3_8B, layers_on
+from bench.timing import Machine, interleaved_samples, machine_of, machine_probes, milliseconds, paired_ratio
 
 LAYERS = {4: 16, 8: 16, 16: 8, 32: 4, 64: 2, 128: 1}  # 42 MB of factors
 DIVISOR = 1.3
@@ -95,18 +96,18 @@ def _run_all(run: Callable[[Tensor, Tensor, float], Tensor], stacks: Sequence[tu
     return [run(Y, moved, DIVISOR) for Y, moved in stacks]
 
 
-def measure(r: int, seconds: float) -> Row:
+def measure(r: int, seconds: float, device: torch.device = CPU) -> Row:
     """Time every candidate for about ``seconds``.
 
     The native operator takes the factors as a model holds them, of both storages, and writes in place; the
     compositions get theirs stacked by shape beforehand, and need not write anything back.
     """
-    layers = LAYERS[r]
+    layers = layers_on(device, r, LAYERS)
     generator = torch.Generator().manual_seed(r)
-    previous = [factor.view for factor in llama_factors(layers, r, generator)]
+    previous = [factor.view for factor in llama_factors(layers, r, generator, device)]
     moved = []
     for Y in previous:
-        step = torch.empty_like(Y).normal_(generator=generator)
+        step = torch.empty_like(Y, device=CPU).normal_(generator=generator).to(device)
         norm = torch.linalg.eigvalsh(step.mT @ step)[-1].sqrt()
         moved.append(step.mul_(DIVISOR * STEP_NORM / norm).add_(Y))
     work = [torch.empty_like(M) for M in moved]
@@ -127,8 +128,8 @@ def measure(r: int, seconds: float) -> Row:
         "native": lambda: torch.ops.stella_kernels.project_retract_(work, previous, divisors, "auto"),
         **{name: partial(_run_all, run, stacks) for name, run in compositions.RETRACT.items()},
     }
-    samples = interleaved_samples({**machine_probes(), **candidates}, seconds, prepare)
-    return Row(r, layers, {name: samples[name] for name in candidates}, machine_of(samples))
+    samples = interleaved_samples({**machine_probes(device), **candidates}, seconds, prepare, device=device)
+    return Row(r, layers, {name: samples[name] for name in candidates}, machine_of(samples, device))
 
 
 _COLUMNS = {"svd": "svd", "gram_eigh": "eigh", "gram_newton_schulz": "N-S", "one_reduction": "N-S, one reduction"}
@@ -141,9 +142,10 @@ HEADER = (
 
 def table_row(row: Row) -> str:
     """One line of the table on the terminal."""
-    times = " ".join(f"{1e3 * row.seconds(name):{max(8, len(title))}.1f}" for name, title in _COLUMNS.items())
+    times = " ".join(milliseconds(row.seconds(name), max(8, len(title)), 1) for name, title in _COLUMNS.items())
+    native = milliseconds(row.seconds("native"), 8, 2)
     return (
-        f"{row.r:4d} {row.layers:6d} | {1e3 * row.seconds('native'):8.2f} {times}    | {row.over_best:11.2f} | "
+        f"{row.r:4d} {row.layers:6d} | {native} {times}    | {row.over_best:11.2f} | "
         f"{row.of_floor:8.0%} {row.of_roofline:11.0%} {row.machine.flops / 1e9:5.0f} {row.machine.bandwidth / 1e9:5.0f}"
     )
 

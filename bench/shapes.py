@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 RANKS = (4, 8, 16, 32, 64, 128)
 MAX_BATCH = 64
 MAX_ELEMENTS = 64 * 4096 * 32  # 32 MiB in float32: out of cache, yet a fraction of a second for the SVD
@@ -53,6 +55,14 @@ MODELS = (
     ModelShapes("ViT-L", hidden=1024, mlp=4096, key_value=1024),
 )
 LLAMA_3_8B = MODELS[0]
+LLAMA_3_8B_LAYERS = 32
+# Layers times rank on a GPU: 84 million elements, 5 GiB of them with the states and gradients of four optimizers.
+MAX_LAYERS_RANK = 1024
+
+
+def layers_on(device: torch.device, r: int, on_cpu: dict[int, int]) -> int:
+    """Of a Llama-3-8B in a row of rank r: so many on a CPU, and on a GPU all that its memory should hold."""
+    return min(LLAMA_3_8B_LAYERS, MAX_LAYERS_RANK // r) if device.type == "cuda" else on_cpu[r]
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+from bench.device import CPU
 from bench.model import OPTIMIZERS, copies, llama_factors
-from bench.shapes import LLAMA_3_8B
+from bench.shapes import LLAMA_3_8B, layers_on
 from bench.step_memory import measure_extra_bytes
-from bench.timing import Machine, interleaved_samples, machine_of, machine_probes, paired_ratio
+from bench.timing import Machine, interleaved_samples, machine_of, machine_probes, milliseconds, paired_ratio
 
 # 21 million elements (10 at r = 4): 84 MB of each of factors, gradients and both moments, far out of cache.
 LAYERS = {4: 32, 8: 32, 16: 16, 32: 8, 64: 4, 128: 2}
@@ -103,9 +104,9 @@ class Row:
         }
 
 
-def _timed(layers: int, r: int, seconds: float) -> dict[str, list[float]]:
+def _timed(layers: int, r: int, seconds: float, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each optimizer's steps, on copies of the same factors and gradients."""
-    factors = llama_factors(layers, r, torch.Generator().manual_seed(r))
+    factors = llama_factors(layers, r, torch.Generator().manual_seed(r), device)
     gradients = [f.parameter.grad for f in factors]
     owned = {name: copies(factors) for name in OPTIMIZERS}
     optimizers = {name: build(owned[name]) for name, build in OPTIMIZERS.items()}
@@ -114,19 +115,19 @@ def _timed(layers: int, r: int, seconds: float) -> dict[str, list[float]]:
         if name in owned:  # attach and the published hooks rewrite the gradients
             torch._foreach_copy_([f.parameter.grad for f in owned[name]], gradients)
 
-    return interleaved_samples(
-        {**machine_probes(), **{name: o.step for name, o in optimizers.items()}}, seconds, prepare
-    )
+    steps = {name: optimizer.step for name, optimizer in optimizers.items()}
+    return interleaved_samples({**machine_probes(device), **steps}, seconds, prepare, device=device)
 
 
-def measure(r: int, seconds: float, with_memory: bool) -> Row:
+def measure(r: int, seconds: float, with_memory: bool, device: torch.device = CPU) -> Row:
     """Time every optimizer at rank r for about ``seconds`` in all, then measure their memory."""
-    samples = _timed(LAYERS[r], r, seconds)
-    machine = machine_of(samples)
+    timed_layers = layers_on(device, r, LAYERS)
+    samples = _timed(timed_layers, r, seconds, device)
+    machine = machine_of(samples, device)
     samples = {name: samples[name] for name in OPTIMIZERS}
     layers = MEMORY_LAYERS.get(r, 0) if with_memory else 0
-    extra = {name: measure_extra_bytes(name, layers, r) for name in OPTIMIZERS if layers}
-    return Row(r, LAYERS[r], samples, machine, layers, extra)
+    extra = {name: measure_extra_bytes(name, layers, r, device) for name in OPTIMIZERS if layers}
+    return Row(r, timed_layers, samples, machine, layers, extra)
 
 
 HEADER = (
@@ -139,7 +140,7 @@ HEADER = (
 def table_row(row: Row) -> str:
     """One line of the table on the terminal: milliseconds, and times AdamW."""
     times = " ".join(
-        f"{1e3 * row.seconds(name):{width}.1f} ms ×{row.over_adamw(name):5.2f}"
+        f"{milliseconds(row.seconds(name), width, 1)} ms ×{row.over_adamw(name):5.2f}"
         for name, width in (("stella_adamw", 8), ("attach", 8), ("published", 10))
     )
     memory = "not measured"
@@ -147,7 +148,8 @@ def table_row(row: Row) -> str:
         parts = ", ".join(f"{row.extra_memory(name):.1%}" for name in ("stella_adamw", "attach", "published"))
         memory = f"{parts} of the factors of {row.memory_layers} layers"
     return (
-        f"{row.r:4d} {row.layers:6d} | {1e3 * row.seconds('adamw'):9.1f} ms {times} | {row.under_published:12.1f} | "
+        f"{row.r:4d} {row.layers:6d} | {milliseconds(row.seconds('adamw'), 9, 1)} ms {times} | "
+        f"{row.under_published:12.1f} | "
         f"{row.of_floor:8.0%} {row.of_roofline:11.0%} "
         f"{row.machine.flops / 1e9:5.0f} {row.machine.bandwidth / 1e9:5.0f} | {memory}"
     )

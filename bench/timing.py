@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
 
 import torch
+
+from bench.device import CPU, clock_of, description
 
 MIN_ROUNDS = 5
 FEWEST_ROUNDS = 3  # where a busy machine makes those take four times as long as they may
@@ -19,31 +22,43 @@ def interleaved_samples(
     seconds: float,
     prepare: Callable[[str], object] | None = None,
     min_rounds: int = MIN_ROUNDS,
+    device: torch.device = CPU,
 ) -> dict[str, list[float]]:
-    """Seconds of each call of each candidate, called in turn for about ``seconds`` in all.
+    """Seconds of each call of each candidate on ``device``, called in turn for about ``seconds`` in all.
 
     A disturbance on the machine then falls on every candidate alike. The first round warms up and is not counted;
     nor is ``prepare``, called with the candidate's name before each of its calls.
     """
     samples: dict[str, list[float]] = {name: [] for name in candidates}
+    seconds_of = clock_of(device)
     begin = perf_counter()
     for done in range(-1, MAX_ROUNDS):
+        if done == 0 and device.type == "cuda":
+            begin = perf_counter()  # the warm-up compiled kernels and tuned them, for minutes perhaps
         elapsed = perf_counter() - begin
         if (done >= min_rounds and elapsed > seconds) or (done >= FEWEST_ROUNDS and elapsed > 4 * seconds > 0):
             break
         for name, run in candidates.items():
             if prepare is not None:
                 prepare(name)
-            start = perf_counter()
-            run()
+            taken = seconds_of(run)
             if done >= 0:
-                samples[name].append(perf_counter() - start)
+                samples[name].append(taken)
     return samples
 
 
-def interleaved_medians(candidates: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+def interleaved_medians(
+    candidates: Mapping[str, Callable[[], object]], seconds: float, device: torch.device = CPU
+) -> dict[str, float]:
     """Median seconds of each candidate of :func:`interleaved_samples`."""
-    return {name: statistics.median(values) for name, values in interleaved_samples(candidates, seconds).items()}
+    samples = interleaved_samples(candidates, seconds, device=device)
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def milliseconds(seconds: float, width: int, decimals: int) -> str:
+    """As a table shows them: so many decimals, or as many as two digits take."""
+    two = 1 - math.floor(math.log10(1e3 * seconds))
+    return f"{1e3 * seconds:{width}.{max(decimals, two)}f}"
 
 
 def paired_ratio(samples: Mapping[str, list[float]], above: str, below: str) -> float:
@@ -57,10 +72,10 @@ class Machine:
 
     flops: float  # float32 matrix product, per second
     bandwidth: float  # copy, bytes read and written per second
-    threads: int
+    where: str  # the GPU, or the threads of a CPU
 
     def __str__(self) -> str:
-        return f"{self.threads} threads, {self.flops / 1e9:.0f} GFLOP/s, {self.bandwidth / 1e9:.0f} GB/s"
+        return f"{self.where}, {self.flops / 1e9:.0f} GFLOP/s, {self.bandwidth / 1e9:.0f} GB/s"
 
     def floor(self, batch: int, n: int, r: int) -> float:
         """The least seconds a polar factor of (batch, n, r) float32 can take.
@@ -73,28 +88,29 @@ class Machine:
 
 
 PRODUCT, COPY = "peak product", "copy"  # names among a row's candidates
-_SIZE = 2048
-_COPIED = 64 * 2**20 // 4  # elements: out of cache
+_SIZE = {"cpu": 2048, "cuda": 8192}  # of the product's matrices
+_COPIED = {"cpu": 64 * 2**20 // 4, "cuda": 512 * 2**20 // 4}  # elements: out of cache
 
 
-def machine_probes() -> dict[str, Callable[[], object]]:
+def machine_probes(device: torch.device = CPU) -> dict[str, Callable[[], object]]:
     """The peak matrix product and the copy, as candidates to run among others, so that both see the same machine."""
-    a, b = torch.randn(_SIZE, _SIZE), torch.randn(_SIZE, _SIZE)
-    product = torch.empty(_SIZE, _SIZE)
-    source = torch.randn(_COPIED)
+    size = _SIZE[device.type]
+    a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
+    product = torch.empty(size, size, device=device)
+    source = torch.randn(_COPIED[device.type], device=device)
     target = torch.empty_like(source)
     return {PRODUCT: lambda: torch.mm(a, b, out=product), COPY: lambda: target.copy_(source)}
 
 
-def machine_of(samples: Mapping[str, list[float]]) -> Machine:
+def machine_of(samples: Mapping[str, list[float]], device: torch.device = CPU) -> Machine:
     """What the probes among the samples reached: the best of them, being bounds."""
     return Machine(
-        flops=2.0 * _SIZE**3 / min(samples[PRODUCT]),
-        bandwidth=2.0 * 4 * _COPIED / min(samples[COPY]),
-        threads=torch.get_num_threads(),
+        flops=2.0 * _SIZE[device.type] ** 3 / min(samples[PRODUCT]),
+        bandwidth=2.0 * 4 * _COPIED[device.type] / min(samples[COPY]),
+        where=description(device),
     )
 
 
-def measure_machine() -> Machine:
+def measure_machine(device: torch.device = CPU) -> Machine:
     """The peak matrix product and copy bandwidth, alone."""
-    return machine_of(interleaved_samples(machine_probes(), 0.0, min_rounds=8))
+    return machine_of(interleaved_samples(machine_probes(device), 0.0, min_rounds=8, device=device), device)

@@ -1,0 +1,127 @@
+"""Where the bench runs: the device that ``--device`` names, its clock, and the peak memory of a call on it."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import re
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+CPU = torch.device("cpu")
+_HIGH_WATER = Path("/proc/self/clear_refs")  # Linux: what resets the mark that _STATUS shows
+_STATUS = Path("/proc/self/status")
+
+
+class DeviceUnavailableError(RuntimeError):
+    """A device that was asked for is not there."""
+
+
+def named(text: str) -> torch.device:
+    """The device of this name, ``cpu``, ``cuda`` or ``cuda:1``, made torch's current one where it is a GPU.
+
+    Raises:
+        DeviceUnavailableError: it is not there, or none that the bench knows; says what is.
+    """
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise DeviceUnavailableError(f"--device {text}: not a device; wanted cpu, cuda or cuda:INDEX.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise DeviceUnavailableError(f"--device {text}: the kernels serve cpu and cuda alone; wanted one of them.")
+    if device.type == "cpu":
+        return CPU
+    if not torch.cuda.is_available():
+        reason = (
+            "finds no GPU; see whether nvidia-smi (or rocm-smi) lists one, and what CUDA_VISIBLE_DEVICES says"
+            if torch.version.cuda or torch.version.hip
+            else "is built for the CPU alone; install a build for your GPU, and triton"
+        )
+        raise DeviceUnavailableError(f"--device {text}: torch {torch.__version__} {reason}.")
+    count, index = torch.cuda.device_count(), device.index or 0
+    if index >= count:
+        found = ", ".join(f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(count))
+        raise DeviceUnavailableError(f"--device {text}: there is no such GPU; found {found}.")
+    torch.cuda.set_device(index)
+    torch.set_float32_matmul_precision("highest")  # whatever the environment asks for: float32 is compared to float32
+    return torch.device("cuda", index)
+
+
+def description(device: torch.device) -> str:
+    """What a table says of it: the GPU's name, or the threads that a CPU's operations have."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+
+
+def platform_of(device: torch.device) -> str:
+    """What a record says of it."""
+    if device.type != "cuda":
+        return platform.platform()
+    return f"{platform.platform()}, {description(device)}, {torch.version.cuda or torch.version.hip}"
+
+
+def host_seconds(run: Callable[[], object]) -> float:
+    """Of a call that has done its work when it returns."""
+    start = perf_counter()
+    run()
+    return perf_counter() - start
+
+
+class GpuClock:
+    """Seconds of a call on a GPU by its own events: from an idle stream to the end of the call's last kernel.
+
+    What the host takes to launch counts wherever the GPU waits for it. The L2 cache, which holds the whole data of some
+    rows, is written over before each call.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+        self._device = device
+        self._other = torch.empty(max(size, 2**28), dtype=torch.uint8, device=device)
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        stream = torch.cuda.current_stream(self._device)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._other.zero_()
+        stream.synchronize()
+        start.record(stream)
+        run()
+        end.record(stream)
+        end.synchronize()
+        return 1e-3 * start.elapsed_time(end)
+
+
+def clock_of(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    """What times a call on the device."""
+    return GpuClock(device) if device.type == "cuda" else host_seconds
+
+
+def measures_memory(device: torch.device) -> bool:
+    """Whether :func:`peak_bytes` can: of a CPU, on Linux alone."""
+    return device.type == "cuda" or _HIGH_WATER.exists()
+
+
+def _resident(key: str) -> int:
+    found = re.search(rf"^{key}:\s+(\d+) kB$", _STATUS.read_text(), re.M)
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+def peak_bytes(device: torch.device, run: Callable[[], object]) -> int:
+    """How far memory rises during a call above what it was before it.
+
+    Of a GPU, what torch's allocator hands out; of a CPU, the kernel's high-water mark of the process's resident memory,
+    so that whatever a kernel allocates behind torch's back is counted.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    ctypes.CDLL(None).malloc_trim(0)  # else the call would live on freed memory that is still resident
+    _HIGH_WATER.write_text("5")  # the high-water mark falls to what is resident now
+    before = _resident("VmRSS")
+    run()
+    return _resident("VmHWM") - before
