@@ -10,6 +10,7 @@ from .configuration import precision
 
 SUM_ITEMS = 1024  # of a gradient, a program's share of the last sums
 DROPOUT_TILE = (16, 256)
+MULTIPROCESSORS = 128
 LEAST = 16  # of a dimension, for tl.dot
 
 
@@ -17,14 +18,15 @@ LEAST = 16  # of a dimension, for tl.dot
 class PassTiles:
     """A tile of ``rows`` by ``columns`` at a time; rows, or columns of ``project``, are shared by ``programs``.
 
-    More programs fill more of a GPU and leave more partial sums.
+    More programs fill more of a GPU and leave more partial sums. They are those of a GPU of MULTIPROCESSORS, one each
+    by default; another has as many in proportion, for a few more than it runs at once would take as long again.
     """
 
     rows: int
     columns: int
     warps: int
     stages: int
-    programs: int = 128
+    programs: int = MULTIPROCESSORS
 
 
 # (rows, columns, warps, stages) by padded rank. Wide where programs would else read factors and leave partial sums many

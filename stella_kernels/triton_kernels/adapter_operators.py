@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from . import adapter_configuration, autotuning
 from .adapter import accumulate_kernel, core_kernel, project_kernel
 from .adapter_configuration import (
     DROPOUT_TILE,
+    MULTIPROCESSORS,
     SUM_ITEMS,
     PassTiles,
     core_precision,
@@ -115,9 +117,20 @@ def _options(tiles: PassTiles, columns: bool = True) -> Arguments:
     return options | launch_options(target_backend())
 
 
-def _rows_of_chunk(T: int, strips: int, tiles: PassTiles) -> int:
-    """Rows that one program takes of its strip of columns, so that there are about ``programs`` programs."""
-    chunks = max(1, tiles.programs // strips)
+@lru_cache(maxsize=64)
+def _multiprocessors(device: torch.device) -> int:
+    if target_backend() == "interpreter":
+        return MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _programs(tiles: PassTiles, device: torch.device) -> int:
+    return max(1, tiles.programs * _multiprocessors(device) // MULTIPROCESSORS)
+
+
+def _rows_of_chunk(T: int, strips: int, tiles: PassTiles, device: torch.device) -> int:
+    """Rows that one program takes of its strip of columns, so that no more programs run than were asked for."""
+    chunks = max(1, _programs(tiles, device) // strips)
     return triton.cdiv(triton.cdiv(T, chunks), tiles.rows) * tiles.rows
 
 
@@ -139,7 +152,7 @@ def _strips(layer: Layer, x: Tensor, tiles: PassTiles) -> tuple[int, int]:
     """How many programs share the columns of a block of x's rows, and how many columns one takes."""
     T, n = x.shape
     most = triton.cdiv(n, 4 * tiles.columns)  # of four tiles at least
-    wanted = max(1, min(most, tiles.programs // triton.cdiv(T, tiles.rows)))
+    wanted = max(1, min(most, _programs(tiles, x.device) // triton.cdiv(T, tiles.rows)))
     width = triton.cdiv(triton.cdiv(n, wanted), tiles.columns) * tiles.columns
     return max(1, triton.cdiv(n, width)) if n else 1, width
 
@@ -194,7 +207,7 @@ def _accumulate(layer: Layer, y: Tensor, bias: Tensor | None, P: Tensor, read: b
     """y + s P Uᵀ, or b + s P Uᵀ, into y: one launch."""
     T, m = y.shape
     strips = triton.cdiv(m, tiles.columns)
-    chunk = _rows_of_chunk(T, strips, tiles)
+    chunk = _rows_of_chunk(T, strips, tiles, layer.U.device)
     accumulate_kernel[(triton.cdiv(T, chunk) * strips,)](
         *(y, y if bias is None else bias, P, layer.U, T, m, layer.r, chunk, *y.stride()),
         *(0 if bias is None else bias.stride(0), *layer.U.stride(), layer.scale),
@@ -267,7 +280,7 @@ def _contract(
     """Partial sums of Y' U (strips, T, r) and of Y'ᵀ P (chunks, m, r): one launch, Y' read once."""
     (T, m), r = grad_y.shape, layer.r
     strips = max(1, triton.cdiv(m, tiles.columns))
-    chunk = _rows_of_chunk(T, strips, tiles)
+    chunk = _rows_of_chunk(T, strips, tiles, layer.U.device)
     chunks = triton.cdiv(T, chunk)
     partial_Q = layer.new(strips if need_Q else 0, T, r)
     partial_U = layer.new(chunks if need_U else 0, m, r)
@@ -286,7 +299,7 @@ def _core_gradient(layer: Layer, partial_Q: Tensor, A: Tensor, need_S: bool, nee
     """K = Q S (T, r) and partial sums of ∂S = Qᵀ A: one launch, two where registers do not hold both."""
     splits, T, r = partial_Q.shape
     tiles = adapter_configuration.default_tiles("core", layer.R, layer.dtype, target_backend())
-    chunk = _rows_of_chunk(T, 1, tiles)
+    chunk = _rows_of_chunk(T, 1, tiles, layer.U.device)
     chunks = triton.cdiv(T, chunk)
     K = layer.new(T if need_K else 0, r, dtype=layer.dtype)
     partial_S = layer.new(chunks if need_S else 0, *layer.S.shape)
@@ -310,7 +323,7 @@ def _spread(
     """∂x = β ∂x + dᵀ(K Vᵀ) in place; partial sums of ∂Vᵀ = Kᵀ d(x), (chunks, r, n): one launch, x read once."""
     (T, n), r = x.shape, layer.r
     strips = triton.cdiv(n, tiles.columns)
-    chunk = _rows_of_chunk(T, strips, tiles)
+    chunk = _rows_of_chunk(T, strips, tiles, layer.U.device)
     chunks = triton.cdiv(T, chunk)
     partial_V = layer.new(chunks if need_V else 0, r, n)
     target = x if grad_x is None else grad_x
