@@ -116,6 +116,6 @@ def adapter_candidates(R: int, dtype: torch.dtype, backend: str = "cuda") -> Ite
         for tiles in dict.fromkeys(replace(t, programs=0) for t in candidate_tiles(part, R, dtype, backend)):
             if tiles == replace(default_tiles(part, R, dtype, backend), programs=0):
                 continue
-            label = f"{name} {tiles.rows}x{tiles.columns} warps={tiles.warps} stages={tiles.stages}"
+            label = f"{name} {tiles.rows}x{tiles.columns} w{tiles.warps} s{tiles.stages}"
             constants = _sizes(tiles) | switches
             yield _variant(label, kernel, constants, R, dtype, backend, tiles.warps, tiles.stages)
