@@ -12,6 +12,7 @@ SUM_ITEMS = 1024  # of a gradient, a program's share of the last sums
 DROPOUT_TILE = (16, 256)
 MULTIPROCESSORS = 128
 LEAST = 16  # of a dimension, for tl.dot
+LARGEST = 1 << 15  # elements of a factor that a program holds
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,11 @@ def candidate_tiles(kernel: str, R: int, dtype: torch.dtype, backend: str) -> tu
         replace(own, stages=own.stages - 1),
         replace(own, stages=own.stages + 1),
     )
-    return tuple(tiles for tiles in every if min(tiles.rows, tiles.columns) >= LEAST and tiles.stages)
+    return tuple(
+        tiles
+        for tiles in every
+        if min(tiles.rows, tiles.columns) >= LEAST and tiles.columns * R <= LARGEST and tiles.stages
+    )
 
 
 def core_precision(dtype: torch.dtype, backend: str) -> str:
