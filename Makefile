@@ -21,6 +21,10 @@ BENCH_ARGS ?=
 # Empty turns that run off.
 OLDEST_PEFT ?= peft==0.18.0 torchao==0.14.1
 
+# The oldest supported Triton (pyproject.toml) and the newest numpy that its interpreter works with: the tests of its
+# kernels run on them too, wherever the environment has a Triton. Empty turns that run off.
+OLDEST_TRITON ?= triton==3.5.0 numpy==2.3.5
+
 # An explicit mode: a build that cannot be done is an error here, never a silent fallback to the reference.
 export STELLA_KERNELS_BUILD ?= cpu
 
@@ -31,10 +35,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CACHE := .cache
 REVIEWS := $(CACHE)/vaderSentiment-3.3.2.tar.gz
 OLDEST_PEFT_DIR := $(CACHE)/oldest-peft
+OLDEST_TRITON_DIR := $(CACHE)/oldest-triton
+HAS_TRITON := $(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("triton") is None)'
 NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml $(NATIVE_SOURCES)
 
-.PHONY: env build test test-oldest-peft demo bench lint format clean
+.PHONY: env build test test-oldest-peft test-oldest-triton demo bench lint format clean
 
 env: $(VENV)/env.stamp
 build: $(VENV)/build.stamp
@@ -51,7 +57,7 @@ $(VENV)/build.stamp: $(VENV)/env.stamp $(BUILD_INPUTS)
 	@touch $@
 
 # The full suite runs last, so that its summary is what a log ends with.
-test: build $(if $(OLDEST_PEFT),test-oldest-peft)
+test: build $(if $(OLDEST_PEFT),test-oldest-peft) $(if $(OLDEST_TRITON),test-oldest-triton)
 	$(BIN)/python -m pytest tests $(PYTEST_ARGS)
 
 test-oldest-peft: build $(OLDEST_PEFT_DIR)/stamp
@@ -60,6 +66,17 @@ test-oldest-peft: build $(OLDEST_PEFT_DIR)/stamp
 $(OLDEST_PEFT_DIR)/stamp: Makefile $(VENV)/env.stamp
 	rm -rf $(OLDEST_PEFT_DIR)
 	$(PIP) install --no-deps --target $(OLDEST_PEFT_DIR) $(OLDEST_PEFT)
+	@touch $@
+
+# What kernels compile to is promised of the pinned Triton alone; that they compile, of this one too.
+test-oldest-triton: build $(OLDEST_TRITON_DIR)/stamp
+	if $(HAS_TRITON); then PYTHONPATH=$(abspath $(OLDEST_TRITON_DIR)) $(BIN)/python -m pytest \
+	  $(wildcard tests/test_triton*.py) -m "not pinned_triton" $(PYTEST_ARGS); fi
+
+$(OLDEST_TRITON_DIR)/stamp: Makefile $(VENV)/env.stamp
+	rm -rf $(OLDEST_TRITON_DIR)
+	mkdir -p $(OLDEST_TRITON_DIR)
+	if $(HAS_TRITON); then $(PIP) install --no-deps --target $(OLDEST_TRITON_DIR) $(OLDEST_TRITON); fi
 	@touch $@
 
 demo: build $(VENV)/demo.stamp $(REVIEWS)

@@ -1,12 +1,25 @@
-"""Every test starts from its own seed, so that a failure repeats whatever else ran before it."""
+"""Every test starts from its own seed, so that a failure repeats whatever else ran before it; a log says of what."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import torch
+
+
+def pytest_report_header() -> str:
+    """Versions that ``make test`` runs more than one of."""
+
+    def found(name: str) -> str:
+        try:
+            return f"{name} {version(name)}"
+        except PackageNotFoundError:
+            return f"no {name}"
+
+    return ", ".join(map(found, ("torch", "triton", "numpy", "peft", "torchao")))
 
 
 @pytest.fixture(autouse=True)

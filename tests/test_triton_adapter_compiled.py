@@ -12,6 +12,7 @@ RANKS = {"sm_80": 64, "sm_90": 128, "sm_100": 32, "sm_120": 16}
 PARTS = ("project", "accumulate", "contract", "spread")
 
 
+@pytest.mark.pinned_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", RANKS)
 def test_compiled_kernels_keep_the_promises_of_their_defaults(chip: str) -> None:

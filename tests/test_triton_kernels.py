@@ -181,6 +181,7 @@ def test_on_another_device_is_the_same_call() -> None:
 WHOLE = {"sm_80": 128, "sm_90": 64, "sm_100": 32, "sm_120": 16}
 
 
+@pytest.mark.pinned_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", WHOLE)
 def test_compiled_kernels_keep_the_promises_of_their_defaults(chip: str) -> None:
