@@ -18,6 +18,7 @@ import torch
 from bench import adapter, adapter_model, compositions, device, model, polar, retract, shapes, step, step_memory, timing
 from bench.published import svd_driver
 from bench.shapes import Case, ModelShapes
+from stella_kernels.nn import StiefelFactor
 from tests.pretended_gpu import GPU, OnGpu, pretended
 
 ROOT = Path(__file__).parent.parent
@@ -140,6 +141,14 @@ def test_memory_of_a_step(where: torch.device, monkeypatch: pytest.MonkeyPatch) 
         run()
         return 1000 + moments
 
+    def watched(name: str) -> Callable[..., torch.optim.Optimizer]:
+        def build(factors: list[StiefelFactor]) -> torch.optim.Optimizer:
+            assert all(on(where, f.parameter) for f in factors)  # of the small model that warms up too
+            return model.OPTIMIZERS[name](factors)
+
+        return build
+
+    monkeypatch.setattr(step_memory, "OPTIMIZERS", {name: watched(name) for name in model.OPTIMIZERS})
     monkeypatch.setattr(step_memory, "peak_bytes", peak)
     for name in model.OPTIMIZERS:
         assert step_memory.extra_bytes(name, 3, 4, where) == 1000
