@@ -192,7 +192,8 @@ def rescue(
                 scaled_identity(W + R * R, 1.0, r, R, T)
                 combined_gram(table, factor, constants, W, G, n, r, _POLAR, False, ELEMENT, INDEX, R, T, ROWS)
                 combine(G, -1.0, G, 0.0, G, 1.0, r, R, T, tl.float64)
-                steps += inverse_root_series(work, 1e-3, 1e-16, r, R, T, "ieee", tl.float64, True)
+                bound = tl.full((), 1e-3, tl.float64)
+                steps += inverse_root_series(work, bound, 1e-16, r, R, T, "ieee", tl.float64, True)
                 combine(W + R * R, 1.0, zeta, 0.0, zeta, 1.0, r, R, T, tl.float64)
                 write_combined(table, factor, constants, W, n, r, _POLAR, False, ELEMENT, INDEX, R, T, ROWS, 0)
     return status, error, steps

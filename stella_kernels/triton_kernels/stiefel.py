@@ -55,6 +55,7 @@ def _common(table: Table, gradient: bool = False) -> Arguments:
         "BLOCK": tiles.block,
         "CHUNK": tiles.chunk,
         "num_warps": tiles.warps,
+        **configuration.FUSION,
     }
 
 
@@ -72,7 +73,13 @@ def _couple(table: Table, GRADIENT: int, FACTOR: int, info: Tensor) -> tuple[Ten
     )
     coupling_sum_kernel[(table.factors,)](
         *(table.rows, partials, poison, refused, couplings, state, info),
-        **{"TO": common["TO"], "R": R, "ITEMS": table.tiles.items, "num_warps": table.tiles.warps},
+        **{
+            "TO": common["TO"],
+            "R": R,
+            "ITEMS": table.tiles.items,
+            "num_warps": table.tiles.warps,
+            **configuration.FUSION,
+        },
     )
     return couplings, state, refused
 
@@ -100,7 +107,7 @@ def _retract(
         )
         advance = False
     gram_kernel[(table.count, R // tiles.slab)](
-        *inputs, ADVANCE=advance, GRAM=True, HALVES=tiles.halves, APART=APART, **gram, **greedy
+        *inputs, ADVANCE=advance, GRAM=True, HALVES=tiles.halves, APART=APART, **gram | greedy
     )
     solve_kernel[(programs,)](
         *(table.rows, settings, partials, coefficients, scales, state, refused, workspace, info),

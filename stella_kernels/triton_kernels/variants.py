@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .adapter_variants import adapter_variants
 from .compiled import Variant
-from .configuration import arithmetic, gram_options, lays_apart, precision, solve_options, tiles_for
+from .configuration import FUSION, arithmetic, gram_options, lays_apart, precision, solve_options, tiles_for
 from .gradient import coupling_kernel, coupling_sum_kernel, subtract_kernel
 from .moves import ADAMW, POLAR, RETRACT
 from .passes import gram_kernel, update_kernel
@@ -50,7 +50,7 @@ def stiefel_variants(
         warps = tiles.warps if kernel is not solve_kernel else tiles.solve_warps
         used = {key: value for key, value in (common | constants).items() if key in kernel.arg_names}
         label = f"{name} {str(dtype).removeprefix('torch.')} R={R}"
-        options = solve_options(backend) if kernel is solve_kernel else {}
+        options = solve_options(backend) if kernel is solve_kernel else FUSION
         if kernel is gram_kernel:
             options = gram_options(backend, used["KIND"], R)
         return Variant(label, kernel, used, warps, products, wide, types, options)
