@@ -28,9 +28,11 @@ def load_core(S, row, column, r, R: tl.constexpr, TO: tl.constexpr, DIAGONAL: tl
     """S (R, R), zero outside (r, r); of a diagonal S its (1, R) row."""
     i = tl.arange(0, R)
     if DIAGONAL:
-        return tl.load(S + i * row, mask=i < r, other=0.0).to(TO)[None, :]
-    mask = (i < r)[:, None] & (i < r)[None, :]
-    return tl.load(S + i[:, None] * row + i[None, :] * column, mask=mask, other=0.0).to(TO)
+        core = tl.load(S + i * row, mask=i < r, other=0.0).to(TO)[None, :]
+    else:
+        mask = (i < r)[:, None] & (i < r)[None, :]
+        core = tl.load(S + i[:, None] * row + i[None, :] * column, mask=mask, other=0.0).to(TO)
+    return core
 
 
 @triton.jit
