@@ -16,6 +16,8 @@ from stella_kernels import triton_backend
 
 pytest.importorskip("triton")
 
+from tests import triton_launches
+
 ROOT = Path(__file__).parent.parent
 SHARDS = 2
 
@@ -45,12 +47,13 @@ def interpreted() -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_table_of_cases_in_the_interpreter(interpreted: list[dict[str, Any]]) -> None:
-    missed = [line for line in interpreted if not line["error"] <= line["tolerance"]]  # NaN does not pass
+    lines = [line for line in interpreted if "case" in line]
+    missed = [line for line in lines if not line["error"] <= line["tolerance"]]  # NaN does not pass
     assert not missed, "\n".join(
         f"{line['case']}: {line['what']}: error {line['error']:.2e}, tolerance {line['tolerance']:.2e}"
         for line in missed
     )
-    names = [line["case"] for line in interpreted]
+    names = [line["case"] for line in lines]
     for operator in triton_backend.OPERATORS:
         ran = [name for name in names if name.startswith(f"{operator}-")]
         assert len(ran) >= 15, operator
@@ -67,6 +70,27 @@ def test_table_of_cases_in_the_interpreter(interpreted: list[dict[str, Any]]) ->
         "refusals",
     ):
         assert any(name.startswith(f"{check}-") for name in names), check
+
+
+@pytest.mark.pinned_triton
+@pytest.mark.slow
+def test_every_launch_in_the_interpreter_is_a_program_for_a_chip(interpreted: list[dict[str, Any]]) -> None:
+    """With every dtype, storage, diagonal S, part that is not asked for and size of one that the cases have."""
+    launches = {json.dumps(line["launch"], sort_keys=True): line["launch"] for line in interpreted if "launch" in line}
+    failed = []
+    for launch in launches.values():
+        try:
+            triton_launches.build(launch, 90)
+        except Exception as error:  # of any kind that Triton has
+            while error.__cause__ is not None:
+                error = error.__cause__  # type: ignore[assignment]
+            failed.append(f"{launch['kernel']} {launch['constants']}: {error}")
+    assert not failed, "\n".join(failed)
+    kernels = {launch["kernel"].split(":")[1] for launch in launches.values()}
+    assert {"gram_kernel", "solve_kernel", "update_kernel", "coupling_kernel", "subtract_kernel"} <= kernels
+    assert {"project_kernel", "accumulate_kernel", "contract_kernel", "spread_kernel", "dropout_kernel"} <= kernels
+    for name, wanted in (("DIAGONAL", {True, False}), ("KIND", {0, 1, 2})):
+        assert {launch["constants"].get(name) for launch in launches.values()} >= wanted, name
 
 
 def run(code: str, **environment: str) -> str:

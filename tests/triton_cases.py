@@ -23,7 +23,7 @@ from triton.runtime import interpreter
 from stella_kernels import triton_backend, verification
 from stella_kernels.case_table import Case, cases
 from stella_kernels.triton_kernels import configuration
-from tests import triton_adapter
+from tests import triton_adapter, triton_launches
 
 MAX_RANK, MAX_ROWS = 128, 1100  # of the cases run here: a tile costs milliseconds
 MAX_SIDE = 150  # of an adapter's matrices
@@ -105,8 +105,9 @@ def chosen() -> list[Case]:
 
 
 def main(shard: int, of: int) -> None:
-    """One line of JSON a case or check: its name, what was compared, error, tolerance."""
+    """One line of JSON a case or check: its name, what was compared, error, tolerance; then one a kind of launch."""
     torch.set_num_threads(1)
+    triton_launches.record()
     round_to_bfloat16()
     permute_programs()
     operators = triton_backend.operators()
@@ -123,6 +124,8 @@ def main(shard: int, of: int) -> None:
         for name, what, error, tolerance in check():
             line = {"case": f"{check.__name__}-{name}", "what": what, "error": error, "tolerance": tolerance}
             print(json.dumps(line), flush=True)
+    for launch in triton_launches.launches.values():
+        print(json.dumps({"launch": launch}), flush=True)
 
 
 if __name__ == "__main__":

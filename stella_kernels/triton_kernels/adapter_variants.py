@@ -70,6 +70,7 @@ def _variant(
     used = {key: value for key, value in given.items() if key in kernel.arg_names}
     divisible = tuple(key for key in kernel.arg_names if key in _INTEGERS and key not in _ANY)
     label = f"adapter {name} {str(dtype).removeprefix('torch.')} R={R}"
+    products = products and not constants.get("DIAGONAL", False)  # a diagonal S scales columns
     options = {"num_stages": stages, **launch_options(backend)}
     return Variant(label, kernel, used, warps, products, True, _types(dtype), options, divisible)
 
@@ -79,14 +80,16 @@ def _launches(R: int, dtype: torch.dtype) -> Iterator[tuple[str, str, Any, dict[
     if fuses_core(R, dtype):
         yield "project", "project", project_kernel, {"SPLIT": False, "DROPOUT": False}
     yield "project split dropout", "project", project_kernel, {"SPLIT": True, "DROPOUT": True}
-    yield "core", "core", core_kernel, {}
+    for name, diagonal in (("core", False), ("core diagonal", True)):
+        yield name, "core", core_kernel, {"DIAGONAL": diagonal}
     yield "accumulate", "accumulate", accumulate_kernel, {}
     joined = joins_contractions(R, dtype)
     if not joined:  # Q = Y' U is projected as x is, by the transpose of U: side by side are its ranks
         transposed = {"v_row": 1, "v_column": None}
         yield "project gradient", "project", project_kernel, {"SPLIT": True, "DROPOUT": False, **transposed}
     yield "contract", "contract", contract_kernel, {"NEED_Q": joined}
-    yield "core gradient", "core", core_gradient_kernel, {"NEED_K": joins_core_gradient(R)}
+    for name, diagonal in (("core gradient", False), ("core gradient diagonal", True)):
+        yield name, "core", core_gradient_kernel, {"NEED_K": joins_core_gradient(R), "DIAGONAL": diagonal}
     yield "spread", "spread", spread_kernel, {"DROPOUT": False}
     yield "spread dropout", "spread", spread_kernel, {"DROPOUT": True}
 
