@@ -4,7 +4,8 @@ A linear layer of Llama-3-8B in bfloat16 with float32 factors, forward and backw
 interpreter. Two counts of the same run: *moved*, in which a launch counts each byte that it touches once, as a torch
 operation's inputs and outputs are counted, so that factors that many programs read are read once; and *every load*,
 which counts them each time, whatever the caches spare. Activations are the same in both: no program reads another's.
-The published layer is three linears and dropout around the same base, less the operations of the base alone.
+The published layer is three linears and dropout around the same base, less the operations of the base alone. A GPU of
+more multiprocessors than an H100's runs more programs, which leave more partial sums.
 """
 
 from __future__ import annotations

@@ -181,8 +181,7 @@ class _Operations(TorchDispatchMode):
             self.bytes[name] += sum(_size(t) for t in tree_leaves(tensors) if isinstance(t, Tensor))
             self.count[name] += 1
             if name == "_linalg_svd":
-                self.bytes["copy for cuSOLVER"] += 2 * _size(args[0])  # read and written
-                self.count["copy for cuSOLVER"] += 1
+                self.bytes["copy for cuSOLVER"] += 2 * _size(args[0])  # read and written; no operation of its own
         return result
 
 

@@ -74,8 +74,11 @@ def test_table_of_cases_in_the_interpreter(interpreted: list[dict[str, Any]]) ->
 
 @pytest.mark.pinned_triton
 @pytest.mark.slow
-def test_every_launch_in_the_interpreter_is_a_program_for_a_chip(interpreted: list[dict[str, Any]]) -> None:
-    """With every dtype, storage, diagonal S, part that is not asked for and size of one that the cases have."""
+def test_every_launch_in_the_interpreter_has_the_types_that_a_chip_takes(interpreted: list[dict[str, Any]]) -> None:
+    """With every dtype, storage, diagonal S, part that is not asked for and size of one that the cases have.
+
+    As far as Triton's own program; what defaults become on chips is asked elsewhere.
+    """
     launches = {json.dumps(line["launch"], sort_keys=True): line["launch"] for line in interpreted if "launch" in line}
     failed = []
     for launch in launches.values():

@@ -26,7 +26,7 @@ Check = tuple[str, str, float, float]  # case, what, error, tolerance
 SCALE = 1.3
 
 
-def small_tiles(kernel: str, R: int, dtype: torch.dtype, backend: str) -> PassTiles:
+def small_tiles(kernel: str, R: int, dtype: torch.dtype, backend: str, wide: bool = False) -> PassTiles:
     """Of which every matrix has several, the last of them in part; rows and columns are shared by programs."""
     return PassTiles(16, 16 if kernel in ("accumulate", "contract") else 8, 4, 2, 12)
 

@@ -1,4 +1,4 @@
-"""Launches that were made in the interpreter, as programs for a chip: the interpreter lets pass what no chip compiles.
+"""Launches that were made in the interpreter, as Triton's programs for a chip: it lets pass what is none.
 
 It has no types that a loop must keep, no shapes that all returns of a function must share, and takes an integer that
 is 1 for an integer, where a launch on a GPU makes a constant of it.

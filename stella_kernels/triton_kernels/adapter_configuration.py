@@ -49,11 +49,18 @@ _FLOAT32 = {
 }
 
 
-def default_tiles(kernel: str, R: int, dtype: torch.dtype, backend: str) -> PassTiles:
-    """What runs where nothing was measured; float64 is to be right, and no more."""
+def default_tiles(kernel: str, R: int, dtype: torch.dtype, backend: str, wide: bool = False) -> PassTiles:
+    """What runs where nothing was measured; float64 is to be right, and no more.
+
+    ``wide`` says that x is wider than the layer's dtype, as in autocast: half a tile of it is then as many bytes.
+    """
     if dtype == torch.float64:
         return PassTiles(16, 32, 8, 1)
     tiles = PassTiles(*(_HALF if dtype.itemsize == 2 else _FLOAT32)[kernel][R])
+    if wide and kernel == "project":
+        tiles = replace(tiles, columns=max(LEAST, tiles.columns // 2))
+    if wide and kernel == "spread":  # half the columns spill
+        tiles = replace(tiles, rows=max(LEAST, tiles.rows // 2))
     if backend == "hip" and kernel in ("accumulate", "contract", "spread"):
         # There registers hold what is fetched ahead, and a program has 64 KiB of shared memory.
         half = dtype.itemsize == 2
@@ -62,11 +69,11 @@ def default_tiles(kernel: str, R: int, dtype: torch.dtype, backend: str) -> Pass
     return tiles
 
 
-def candidate_tiles(kernel: str, R: int, dtype: torch.dtype, backend: str) -> tuple[PassTiles, ...]:
+def candidate_tiles(kernel: str, R: int, dtype: torch.dtype, backend: str, wide: bool = False) -> tuple[PassTiles, ...]:
     """What is measured beside the default: a few either way, none of which spills or is too large on every chip."""
     if dtype == torch.float64:
         return ()
-    own = default_tiles(kernel, R, dtype, backend)
+    own = default_tiles(kernel, R, dtype, backend, wide)
     every = (
         replace(own, rows=own.rows // 2),
         replace(own, columns=own.columns // 2),

@@ -1,4 +1,5 @@
-"""The kernels of the adapter's backward pass: Y' and x are read once each. See ``adapter.py``."""
+"""The kernels of the adapter's backward pass: x is read once, and Y' too at ranks where registers hold all that it is
+for (``joins_contractions``). See ``adapter.py``."""
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations

@@ -135,12 +135,17 @@ def _rows_of_chunk(T: int, strips: int, tiles: PassTiles, device: torch.device) 
 
 
 def _tiles(
-    kernel: str, layer: Layer, shape: tuple[int, ...], variant: tuple[object, ...], run: Callable[[PassTiles], None]
+    kernel: str,
+    layer: Layer,
+    streamed: Tensor,
+    variant: tuple[object, ...],
+    run: Callable[[PassTiles], None],
 ) -> PassTiles:
-    """The default, or what is fastest on this GPU for such shapes; ``run`` writes to memory of its own."""
-    kind = kernel, layer.R, layer.dtype, target_backend()
+    """The default, or what is fastest on this GPU for such activations; ``run`` writes to memory of its own."""
+    kind = kernel, layer.R, layer.dtype, target_backend(), streamed.dtype.itemsize > layer.dtype.itemsize
     default = adapter_configuration.default_tiles(*kind)
-    shape_class = (layer.dtype, layer.R, *(triton.next_power_of_2(size) for size in shape), *variant)
+    sizes = (triton.next_power_of_2(size) for size in streamed.shape)
+    shape_class = (layer.dtype, layer.R, streamed.dtype, *sizes, *variant)
     candidates = adapter_configuration.candidate_tiles(*kind)
     return autotuning.chosen(f"adapter {kernel}", shape_class, candidates, default, run, layer.U.device)
 
@@ -227,7 +232,7 @@ def _seed(layer: Layer, x: Tensor) -> Tensor:
 
 
 def _forward(layer: Layer, y: Tensor, x: Tensor, bias: Tensor | None, read: bool) -> Tensor:
-    (T, n), m = x.shape, y.shape[1]
+    T, m = y.shape
     if T == 0:
         return layer.new(0, layer.r, dtype=layer.dtype)
 
@@ -235,7 +240,7 @@ def _forward(layer: Layer, y: Tensor, x: Tensor, bias: Tensor | None, read: bool
         _project(layer, x, tiles)
 
     with on_device_of(y):
-        tiles = _tiles("project", layer, (T, n), (x.dtype, layer.p > 0.0), project)
+        tiles = _tiles("project", layer, x, (layer.p > 0.0,), project)
         A, P = _project(layer, x, tiles)
         if m == 0:
             return A
@@ -243,7 +248,7 @@ def _forward(layer: Layer, y: Tensor, x: Tensor, bias: Tensor | None, read: bool
         def accumulate(tiles: PassTiles) -> None:
             _accumulate(layer, torch.empty_like(y), bias, P, read, tiles)
 
-        tiles = _tiles("accumulate", layer, (T, m), (read,), accumulate)
+        tiles = _tiles("accumulate", layer, y, (read,), accumulate)
         _accumulate(layer, y, bias, P, read, tiles)
     return A
 
@@ -393,7 +398,7 @@ def _backward(
     layer: Layer, grad_x: Tensor | None, beta: float, grad_y: Tensor, x: Tensor, A: Tensor, needed: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Partial sums of the factors' gradients; grad_x is written."""
-    (T, m), n, r = grad_y.shape, x.shape[1], layer.r
+    (T, n), r = x.shape, layer.r
     need_U, need_S, need_V = needed
     need_K = need_V or grad_x is not None
     need_Q = need_S or need_K
@@ -411,14 +416,14 @@ def _backward(
         def project(tiles: PassTiles) -> None:
             _products(layer, grad_y, layer.U.mT, 0.0, tiles)
 
-        tiles = _tiles("project", layer, (T, m), (grad_y.dtype, "gradient"), project)
+        tiles = _tiles("project", layer, grad_y, ("gradient",), project)
         partial_Q = _products(layer, grad_y, layer.U.mT, 0.0, tiles)
     if need_U or joined:
 
         def contract(tiles: PassTiles) -> None:
             _contract(layer, grad_y, P, need_Q and joined, need_U, tiles)
 
-        tiles = _tiles("contract", layer, (T, m), (need_Q, need_U), contract)
+        tiles = _tiles("contract", layer, grad_y, (need_Q, need_U), contract)
         contracted, partial_U = _contract(layer, grad_y, P, need_Q and joined, need_U, tiles)
         partial_Q = contracted if joined else partial_Q
     if not need_Q:
@@ -430,7 +435,7 @@ def _backward(
     def spread(tiles: PassTiles) -> None:
         _spread(layer, None if grad_x is None else torch.empty_like(grad_x), beta, x, K, need_V, tiles)
 
-    tiles = _tiles("spread", layer, (T, n), (layer.p > 0.0, need_V, grad_x is not None, beta != 0.0), spread)
+    tiles = _tiles("spread", layer, x, (layer.p > 0.0, need_V, grad_x is not None, beta != 0.0), spread)
     partial_V = _spread(layer, grad_x, beta, x, K, need_V, tiles)
     return partial_U, partial_S, partial_V
 

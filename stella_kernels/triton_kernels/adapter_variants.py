@@ -58,6 +58,7 @@ def _variant(
     warps: int = 4,
     stages: int = 3,
     products: bool = True,
+    wide: bool = False,
 ) -> Variant:
     common = {
         **{"OPERAND": element(dtype), "DOT": element(dtype), "TO": element(arithmetic(dtype)), "INDEX": tl.int32},
@@ -72,7 +73,8 @@ def _variant(
     label = f"adapter {name} {str(dtype).removeprefix('torch.')} R={R}"
     products = products and not constants.get("DIAGONAL", False)  # a diagonal S scales columns
     options = {"num_stages": stages, **launch_options(backend)}
-    return Variant(label, kernel, used, warps, products, True, _types(dtype), options, divisible)
+    types = _types(dtype) | ({"x": "*fp32"} if wide else {})
+    return Variant(label, kernel, used, warps, products, True, types, options, divisible)
 
 
 def _launches(R: int, dtype: torch.dtype) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
@@ -104,6 +106,10 @@ def adapter_variants(R: int, dtype: torch.dtype, backend: str = "cuda") -> Itera
         tiles = default_tiles(part, R, dtype, backend)
         constants = _sizes(tiles) | switches
         yield _variant(name, kernel, constants, R, dtype, backend, tiles.warps, tiles.stages)
+        if dtype.itemsize == 2 and "x" in kernel.arg_names:  # in autocast
+            tiles = default_tiles(part, R, dtype, backend, True)
+            constants, name = _sizes(tiles) | switches, f"{name}, x float32"
+            yield _variant(name, kernel, constants, R, dtype, backend, tiles.warps, tiles.stages, wide=True)
     if R == 16:
         yield _variant("sum", sum_kernel, {"ITEMS": SUM_ITEMS}, R, dtype, backend, products=False)
         tile = dict(zip(("ROWS", "COLUMNS"), DROPOUT_TILE, strict=True))

@@ -65,12 +65,12 @@ class Tiles:
 
 
 def tiles_for(R: int, dtype: torch.dtype) -> Tiles:
-    """The defaults. A chunk of 64 R rows keeps the partial Gram matrices under 5 % of the factors."""
+    """The defaults. A chunk of 64 R rows or more keeps the partial Gram matrices under 5 % of the factors."""
     few = R <= 32
     slab = R if few or (R == 64 and arithmetic(dtype) == torch.float32) else 32
     return Tiles(
         block=32 if R == 16 else 16,
-        chunk=min(8192, max(1024, 64 * R)),
+        chunk=min(8192, max(2048, 64 * R)),
         slab=slab,
         halves=slab == 64,
         long_block=32,
