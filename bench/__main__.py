@@ -2,7 +2,7 @@
 
 ``python -m bench polar``, ``step`` or ``adapter`` runs one of the three, ``--device cuda`` on a GPU; ``python -m bench
 traffic`` counts what a step moves on a GPU, without one. Tables on the terminal, JSON and plots in ``--output``; exits
-with 1 where a promise was missed, which are of a CPU's times alone.
+with 1 where a promise was missed; none is made of a GPU's times.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from bench.device import DeviceUnavailableError, measures_memory, named, platform_of
+from bench.device import DeviceUnavailableError, measures_memory, named, platform_of, served
 from bench.shapes import LLAMA_3_8B, MODELS, RANKS, cases
-from bench.timing import Machine, measure_machine
+from bench.timing import Machine, Verdict, measure_machine
 
 
 def _write(path: Path, machine: Machine, device: torch.device, **rows: object) -> None:
@@ -36,14 +36,14 @@ def _write(path: Path, machine: Machine, device: torch.device, **rows: object) -
     print(f"written: {path}")
 
 
-def _judge(verdicts: Iterable[tuple[bool, str]], device: torch.device) -> bool:
+def _judge(verdicts: Iterable[Verdict], device: torch.device) -> bool:
     if device.type != "cpu":
         print("no promise is made of a GPU's times: its authors have measured none")
-        return True
+        verdicts = [verdict for verdict in verdicts if not verdict.timed]
     every = True
-    for met, text in verdicts:
-        print(f"{'met   ' if met else 'MISSED'}  {text}")
-        every = every and met
+    for verdict in verdicts:
+        print(f"{'met   ' if verdict.met else 'MISSED'}  {verdict.text}")
+        every = every and verdict.met
     return every
 
 
@@ -103,7 +103,7 @@ def _step(
 def _adapter(full: bool, seconds: float, machine: Machine, output: Path, device: torch.device, memory: bool) -> bool:
     from bench import adapter, adapter_model
 
-    print(f"\nOne linear layer and its adapter, forward and backward.\n{adapter.FORMULA}\n{adapter.HEADER}", flush=True)
+    print(f"\n{adapter.title(device)}\n{adapter.FORMULA}\n{adapter.HEADER}", flush=True)
     rows = []
     for case in adapter.cases(full, device):
         rows.append(adapter.measure(case, seconds, device))
@@ -147,11 +147,13 @@ def main() -> int:
         return _traffic(tuple(arguments.ranks or (16, 64)), arguments.output)
     try:
         device = named(arguments.device)
+        backends = served(device)
     except DeviceUnavailableError as error:
         parser.error(str(error))
     machine = measure_machine(device)
     print(
-        f"torch {torch.__version__}, {machine} (measured here). Medians of interleaved runs, ratios of the same round."
+        f"torch {torch.__version__}, {machine} (measured here); {backends}. "
+        "Medians of interleaved runs, ratios of the same round."
     )
     arguments.output.mkdir(parents=True, exist_ok=True)
     ranks, every = tuple(arguments.ranks or RANKS), True

@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from bench.device import CPU
-from bench.timing import Machine, interleaved_samples, machine_of, machine_probes, milliseconds, paired_ratio
+from bench.device import CPU, as_trained
+from bench.timing import Machine, Verdict, interleaved_samples, machine_of, machine_probes, milliseconds, paired_ratio
 from stella_kernels import StellaLinear
 
 LARGE = (4096, 4096)  # the layer of which the overhead is promised
@@ -116,16 +116,19 @@ class Problem:
     x: Tensor
     grad_y: Tensor
 
+    def forward(self, name: str) -> Tensor:
+        """The layer's output, made as trainers make it on the device."""
+        with as_trained(self.x.device, self.x.dtype):
+            return self.layers[name](self.x)
+
     def step(self, name: str) -> tuple[Tensor, ...]:
         """Forward and backward: the gradients of the input and of what the layer trains."""
-        layer = self.layers[name]
-        wanted = [self.x, *(p for p in layer.parameters() if p.requires_grad)]
-        return torch.autograd.grad(layer(self.x), wanted, self.grad_y)
+        wanted = [self.x, *(p for p in self.layers[name].parameters() if p.requires_grad)]
+        return torch.autograd.grad(self.forward(name), wanted, self.grad_y)
 
     def saved_bytes(self, name: str) -> int:
         """Bytes that a forward pass keeps for backward, beyond the input and the parameters."""
-        layer = self.layers[name]
-        alive = {t.untyped_storage().data_ptr() for t in (self.x, *layer.parameters())}
+        alive = {t.untyped_storage().data_ptr() for t in (self.x, *self.layers[name].parameters())}
         kept: dict[int, Tensor] = {}
 
         def pack(saved: Tensor) -> Tensor:
@@ -134,7 +137,7 @@ class Problem:
             return saved
 
         with saved_tensors_hooks(pack, lambda saved: saved):
-            y = layer(self.x)
+            y = self.forward(name)
         total = sum(saved.untyped_storage().nbytes() for saved in kept.values())
         del y
         return total
@@ -198,6 +201,12 @@ def measure(case: Case, seconds: float, device: torch.device = CPU) -> Row:
     )
 
 
+def title(device: torch.device) -> str:
+    """What the table is of."""
+    how = ", bfloat16 under torch.autocast" if device.type == "cuda" else ""
+    return f"One linear layer and its adapter, forward and backward{how}."
+
+
 FORMULA = (
     "extra: time over the frozen base, median of the rounds' ratios; share: flops of the adapter, 6 T r (m + n + r), "
     "of those of the base, 4 T m n.\nkept: bytes kept for backward beyond input and parameters, in units of the input."
@@ -225,22 +234,23 @@ def table_row(row: Row) -> str:
     )
 
 
-def verdicts(rows: Sequence[Row]) -> Iterator[tuple[bool, str]]:
+def verdicts(rows: Sequence[Row]) -> Iterator[Verdict]:
     """What the package promises of a layer, each with whether this run bore it out."""
     for row in rows:
         case = row.case
         if case.tokens >= FEWEST_TOKENS:
             found, wanted = row.over("lora", "ours"), WANTED_WITH_DROPOUT if case.dropout else 1.0
-            yield found >= wanted, f"{case.name}: {found:.3f} times faster than PEFT's LoRA, wanted {wanted:g}"
+            yield Verdict(found >= wanted, f"{case.name}: {found:.3f} times faster than PEFT's LoRA, wanted {wanted:g}")
             if (case.m, case.n) == LARGE:
-                yield (
+                yield Verdict(
                     row.shares <= WANTED_SHARES,
                     f"{case.name}: over the frozen base {row.shares:.2f} times the arithmetic's share, "
                     f"wanted at most {WANTED_SHARES:g}",
                 )
         ours, lora = row.saved["ours"], row.saved["lora"]
-        yield (
+        yield Verdict(
             ours <= (lora / 2 if case.dropout else lora),
             f"{case.name}: keeps {ours} bytes for backward beyond the input, LoRA {lora}, "
             f"wanted {'less than half' if case.dropout else 'at most as many'}",
+            timed=False,
         )

@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.device import CPU, measures_memory, peak_bytes
-from bench.timing import interleaved_samples, milliseconds, paired_ratio
+from bench.device import CPU, as_trained, measures_memory, peak_bytes
+from bench.timing import Verdict, interleaved_samples, milliseconds, paired_ratio
 from stella_kernels.optim import StellaAdamW
 from stella_kernels.peft import StellaConfig
 
@@ -93,8 +93,10 @@ def training_step(name: str, dropout: float, device: torch.device) -> Callable[[
     answers = torch.randint(words, (batch.sequences,), generator=generator).to(device)
 
     def step() -> None:
-        logits = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[:, -1]
-        cross_entropy(logits, answers).backward()
+        with as_trained(device, batch.dtype):
+            logits = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[:, -1]
+            loss = cross_entropy(logits, answers)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -152,10 +154,10 @@ HEADER = f"{'drop':>5} | {'LoRA':>11} {'StelLA':>11} {'ours/LoRA':>9} | peak mem
 
 def title(device: torch.device) -> str:
     """What the table is of."""
-    batch = BATCHES[device.type]
+    batch, how = BATCHES[device.type], " under torch.autocast" if device.type == "cuda" else ""
     return (
         f"A whole training step (forward, backward, optimizer) of SmolLM2-135M's shape, {batch.sequences} × "
-        f"{batch.tokens} tokens, {str(batch.dtype).removeprefix('torch.')},\n"
+        f"{batch.tokens} tokens, {str(batch.dtype).removeprefix('torch.')}{how},\n"
         f"r = {RANK} on 7 projections: StelLA with StellaAdamW against PEFT's LoRA with torch's AdamW (fused)."
     )
 
@@ -167,17 +169,18 @@ def table_row(row: Row) -> str:
     return f"{row.dropout:5g} | {times} {row.over_lora:9.3f} | {peaks}"
 
 
-def verdicts(rows: Sequence[Row]) -> Iterator[tuple[bool, str]]:
+def verdicts(rows: Sequence[Row]) -> Iterator[Verdict]:
     """What the package promises of a whole step, each with whether this run bore it out."""
     for row in rows:
         where = f"whole step, dropout {row.dropout:g}"
         found = row.over_lora
-        yield found <= WANTED_OVER_LORA, f"{where}: {found:.3f} × LoRA's, wanted at most {WANTED_OVER_LORA:g}"
+        yield Verdict(found <= WANTED_OVER_LORA, f"{where}: {found:.3f} × LoRA's, wanted at most {WANTED_OVER_LORA:g}")
         if row.peak_bytes:
             memory = row.peak_bytes["ours"] / row.peak_bytes["lora"]
-            yield (
+            yield Verdict(
                 memory <= WANTED_MEMORY,
                 f"{where}: peak memory {memory:.3f} × LoRA's, wanted at most {WANTED_MEMORY:g}",
+                timed=False,
             )
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from time import perf_counter
 
 import torch
+
+from stella_kernels import triton_backend
+from stella_kernels.backends import requested, serving
 
 CPU = torch.device("cpu")
 _HIGH_WATER = Path("/proc/self/clear_refs")  # Linux: what resets the mark that _STATUS shows
@@ -50,9 +55,52 @@ def named(text: str) -> torch.device:
     return torch.device("cuda", index)
 
 
+def served(device: torch.device) -> str:
+    """Which backend serves on the device, by an operator of each table.
+
+    Raises:
+        DeviceUnavailableError: it is a GPU that no kernels serve, and the reference was not asked for.
+    """
+    if device.type == "cuda" and requested() != "reference" and (reason := triton_backend.why_not()):
+        raise DeviceUnavailableError(
+            f"--device {device}: Triton's kernels do not serve: {reason}, "
+            "or set STELLA_KERNELS_BACKEND=reference to time the reference."
+        )
+    operators = ("polar", "stella_adamw_", "adapter_forward_")
+    return ", ".join(f"{operator} by {serving(operator, device.type)}" for operator in operators)
+
+
+def three_of_tf32(device: torch.device) -> bool:
+    """Whether Triton's kernels make a float32 product of three tf32 ones, on tensor cores: NVIDIA's since Ampere."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 8
+
+
+@contextmanager
+def tf32_allowed() -> Iterator[None]:
+    """Float32 products of torch on tensor cores, inside."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def as_trained(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """What a forward pass runs inside: autocast for bfloat16 on a GPU, as trainers have it.
+
+    Without it LoRA's float32 adapters would make float32 products there.
+    """
+    half = device.type == "cuda" and dtype == torch.bfloat16
+    return torch.autocast(device.type, dtype) if half else nullcontext()
+
+
 def description(device: torch.device) -> str:
-    """What a table says of it: the GPU's name, or the threads that a CPU's operations have."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    """What a table says of it: the GPU's name and its float32 products, or the threads that a CPU's operations have."""
+    if device.type != "cuda":
+        return f"{torch.get_num_threads()} threads"
+    products = " (a float32 product is three of tf32)" if three_of_tf32(device) else ""
+    return torch.cuda.get_device_name(device) + products
 
 
 def platform_of(device: torch.device) -> str:
@@ -116,6 +164,7 @@ def peak_bytes(device: torch.device, run: Callable[[], object]) -> int:
     so that whatever a kernel allocates behind torch's back is counted.
     """
     if device.type == "cuda":
+        gc.collect()  # else what an earlier measurement left in cycles would be freed in the middle of this one
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()

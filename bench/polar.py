@@ -11,7 +11,7 @@ from torch import Tensor
 from bench import compositions
 from bench.device import CPU
 from bench.shapes import Case
-from bench.timing import Machine, interleaved_medians, milliseconds
+from bench.timing import Machine, Verdict, interleaved_medians, milliseconds
 from stella_kernels.functional import polar
 
 STEP_NORM = 0.15  # spectral norm of the step: at learning rate 5e-4 training takes steps of 0.03 to 0.18
@@ -112,17 +112,17 @@ def table_row(row: Row) -> str:
     )
 
 
-def verdicts(rows: Sequence[Row]) -> Iterator[tuple[bool, str]]:
+def verdicts(rows: Sequence[Row]) -> Iterator[Verdict]:
     """What the package promises of its polar factor, each with whether this run bore it out."""
     for row in rows:
         wanted = WANTED_OVER_SVD.get((row.case.n, row.case.r))
         if wanted is not None:
             found = f"{row.over_svd:.1f} times faster than the SVD, wanted {wanted:g}"
-            yield row.over_svd >= wanted, f"n = {row.case.n}, r = {row.case.r}: {found}"
+            yield Verdict(row.over_svd >= wanted, f"n = {row.case.n}, r = {row.case.r}: {found}")
     slower = [row for row in rows if row.over_best <= 1]
-    yield not slower, f"faster than every torch composition{_except_for(slower, rows)}"
+    yield Verdict(not slower, f"faster than every torch composition{_except_for(slower, rows)}")
     worse = [row for row in rows if row.native_error > row.svd_error]
-    yield not worse, f"error no larger than the float32 SVD's own{_except_for(worse, rows)}"
+    yield Verdict(not worse, f"error no larger than the float32 SVD's own{_except_for(worse, rows)}", timed=False)
 
 
 def _except_for(missed: Sequence[Row], rows: Sequence[Row]) -> str:

@@ -15,7 +15,7 @@ from bench.device import CPU
 from bench.model import llama_factors
 from bench.polar import STEP_NORM
 from bench.shapes import LLAMA_3_8B, layers_on
-from bench.timing import Machine, interleaved_samples, machine_of, machine_probes, milliseconds, paired_ratio
+from bench.timing import Machine, Verdict, interleaved_samples, machine_of, machine_probes, milliseconds, paired_ratio
 
 LAYERS = {4: 16, 8: 16, 16: 8, 32: 4, 64: 2, 128: 1}  # 42 MB of factors
 DIVISOR = 1.3
@@ -150,7 +150,7 @@ def table_row(row: Row) -> str:
     )
 
 
-def verdicts(rows: Sequence[Row]) -> Iterator[tuple[bool, str]]:
+def verdicts(rows: Sequence[Row]) -> Iterator[Verdict]:
     """What the package promises of project-and-retract, each with whether this run bore it out."""
     for row in rows:
         wanted = WANTED_OF_FLOOR.get(row.r)
@@ -158,10 +158,10 @@ def verdicts(rows: Sequence[Row]) -> Iterator[tuple[bool, str]]:
             found = (
                 f"project-and-retract reaches {row.of_floor:.0%} of the floor ({row.of_roofline:.0%} of the roofline)"
             )
-            yield row.of_floor >= wanted, f"r = {row.r}: {found}, wanted {wanted:.0%}"
+            yield Verdict(row.of_floor >= wanted, f"r = {row.r}: {found}, wanted {wanted:.0%}")
     for row in rows:
         found = f"project-and-retract is {row.over_best:.2f} times faster than the best torch composition"
-        yield (
+        yield Verdict(
             row.over_best >= WANTED_OVER_BEST,
             f"r = {row.r}: {found} ({row.best_composition}), wanted {WANTED_OVER_BEST:g}",
         )

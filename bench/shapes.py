@@ -56,7 +56,8 @@ MODELS = (
 )
 LLAMA_3_8B = MODELS[0]
 LLAMA_3_8B_LAYERS = 32
-# Layers times rank on a GPU: 84 million elements, 5 GiB of them with the states and gradients of four optimizers.
+# Layers times rank on a GPU: 84 million elements, 9 to 10 GiB with the states and gradients of four optimizers, the
+# published stacks, the probes and the clock's memory; ranks under 32 reach fewer, so that --ranks 4 8 16 needs less.
 MAX_LAYERS_RANK = 1024
 
 

@@ -12,7 +12,7 @@ from bench.device import CPU
 from bench.model import OPTIMIZERS, copies, llama_factors
 from bench.shapes import LLAMA_3_8B, layers_on
 from bench.step_memory import measure_extra_bytes
-from bench.timing import Machine, interleaved_samples, machine_of, machine_probes, milliseconds, paired_ratio
+from bench.timing import Machine, Verdict, interleaved_samples, machine_of, machine_probes, milliseconds, paired_ratio
 
 # 21 million elements (10 at r = 4): 84 MB of each of factors, gradients and both moments, far out of cache.
 LAYERS = {4: 32, 8: 32, 16: 16, 32: 8, 64: 4, 128: 2}
@@ -155,24 +155,26 @@ def table_row(row: Row) -> str:
     )
 
 
-def verdicts(rows: Sequence[Row]) -> Iterator[tuple[bool, str]]:
+def verdicts(rows: Sequence[Row]) -> Iterator[Verdict]:
     """What the package promises of the whole step, each with whether this run bore it out."""
     for row in rows:
         if row.r in WANTED_OVER_ADAMW:
             found, wanted = row.over_adamw("stella_adamw"), WANTED_OVER_ADAMW[row.r]
-            yield (
+            yield Verdict(
                 found <= wanted,
                 f"r = {row.r}: StellaAdamW costs {found:.2f} × AdamW (fused), wanted at most {wanted:g}",
             )
         if row.r in WANTED_UNDER_PUBLISHED:
             found, wanted = row.under_published, WANTED_UNDER_PUBLISHED[row.r]
-            yield found >= wanted, f"r = {row.r}: {found:.1f} times faster than the published hooks, wanted {wanted:g}"
+            text = f"r = {row.r}: {found:.1f} times faster than the published hooks, wanted {wanted:g}"
+            yield Verdict(found >= wanted, text)
     measured = [row for row in rows if row.extra_bytes]
     if measured:
         worst = max(measured, key=lambda row: row.extra_memory("stella_adamw"))
         found = worst.extra_memory("stella_adamw")
-        yield (
+        yield Verdict(
             found < WANTED_EXTRA_MEMORY,
             f"memory of a StellaAdamW step beyond AdamW's at most {found:.1%} of the factors (at r = {worst.r}), "
             f"wanted under {WANTED_EXTRA_MEMORY:.0%}",
+            timed=False,
         )

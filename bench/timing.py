@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 
-from bench.device import CPU, clock_of, description
+from bench.device import CPU, clock_of, description, tf32_allowed, three_of_tf32
 
 MIN_ROUNDS = 5
 FEWEST_ROUNDS = 3  # where a busy machine makes those take four times as long as they may
@@ -66,13 +68,21 @@ def paired_ratio(samples: Mapping[str, list[float]], above: str, below: str) -> 
     return statistics.median(a / b for a, b in zip(samples[above], samples[below], strict=True))
 
 
+class Verdict(NamedTuple):
+    """Whether a run bore a promise out, and whether it is one about time."""
+
+    met: bool
+    text: str
+    timed: bool = True
+
+
 @dataclass(frozen=True)
 class Machine:
     """What this machine reaches in this very process."""
 
     flops: float  # float32 matrix product, per second
     bandwidth: float  # copy, bytes read and written per second
-    where: str  # the GPU, or the threads of a CPU
+    where: str  # the GPU and its float32 products, or the threads of a CPU
 
     def __str__(self) -> str:
         return f"{self.where}, {self.flops / 1e9:.0f} GFLOP/s, {self.bandwidth / 1e9:.0f} GB/s"
@@ -99,13 +109,19 @@ def machine_probes(device: torch.device = CPU) -> dict[str, Callable[[], object]
     product = torch.empty(size, size, device=device)
     source = torch.randn(_COPIED[device.type], device=device)
     target = torch.empty_like(source)
-    return {PRODUCT: lambda: torch.mm(a, b, out=product), COPY: lambda: target.copy_(source)}
+
+    def multiply() -> torch.Tensor:
+        with tf32_allowed() if three_of_tf32(device) else nullcontext():
+            return torch.mm(a, b, out=product)
+
+    return {PRODUCT: multiply, COPY: lambda: target.copy_(source)}
 
 
 def machine_of(samples: Mapping[str, list[float]], device: torch.device = CPU) -> Machine:
     """What the probes among the samples reached: the best of them, being bounds."""
+    products = 3 if three_of_tf32(device) else 1  # for one of float32
     return Machine(
-        flops=2.0 * _SIZE[device.type] ** 3 / min(samples[PRODUCT]),
+        flops=2.0 * _SIZE[device.type] ** 3 / (products * min(samples[PRODUCT])),
         bandwidth=2.0 * 4 * _COPIED[device.type] / min(samples[COPY]),
         where=description(device),
     )

@@ -113,13 +113,33 @@ def _backward() -> Iterator[None]:
         yield
 
 
+_AUTOCAST = torch.autocast
+
+
+@contextmanager
+def _autocast(device_type: str, dtype: torch.dtype | None = None, enabled: bool = True) -> Iterator[None]:
+    """The GPU's too, which is not there to be switched: what Python asks, and the CPU's, whose tensors C++ sees."""
+    if device_type != "cuda":
+        with _AUTOCAST(device_type, dtype, enabled):
+            yield
+        return
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", enabled)
+    try:
+        with _AUTOCAST("cpu", dtype, enabled):
+            yield
+    finally:
+        torch.set_autocast_enabled("cuda", before)
+
+
 @contextmanager
 def pretended() -> Iterator[torch.device]:
     """The GPU, inside."""
     # A module that moves gets parameters of the other class, instead of other memory for those it has.
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
-        with mock.patch("torch.cuda._lazy_init"), _backward(), _Factories():
+        autocast = mock.patch("torch.autocast", _autocast)
+        with mock.patch("torch.cuda._lazy_init"), autocast, _backward(), _Factories():
             yield GPU
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(False)

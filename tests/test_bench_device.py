@@ -6,7 +6,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +16,11 @@ import pytest
 import torch
 
 from bench import adapter, adapter_model, compositions, device, model, polar, retract, shapes, step, step_memory, timing
+from bench.__main__ import _judge
 from bench.published import svd_driver
 from bench.shapes import Case, ModelShapes
+from bench.timing import Verdict
+from stella_kernels import triton_backend
 from stella_kernels.nn import StiefelFactor
 from tests.pretended_gpu import GPU, OnGpu, pretended
 
@@ -48,6 +51,7 @@ def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     if request.param == "cuda":  # no events, no names and no allocator without a GPU
         monkeypatch.setattr(timing, "clock_of", lambda wanted: device.host_seconds)
         monkeypatch.setattr(timing, "description", lambda wanted: "a GPU")
+        monkeypatch.setattr(timing, "three_of_tf32", lambda wanted: True)
     with pretended() if request.param == "cuda" else nullcontext():
         yield torch.device(request.param, 0) if request.param == "cuda" else torch.device("cpu")
 
@@ -58,6 +62,10 @@ def on(where: torch.device, value: Any) -> bool:
 
 def timed(samples: dict[str, list[float]]) -> bool:
     return all(len(values) >= timing.FEWEST_ROUNDS and min(values) > 0 for values in samples.values())
+
+
+def untimed(verdicts: Iterable[Verdict]) -> list[str]:
+    return [verdict.text for verdict in verdicts if not verdict.timed]
 
 
 def writes_down(row: Any) -> dict[str, Any]:
@@ -75,8 +83,21 @@ def test_machine(where: torch.device) -> None:
     assert str(machine).startswith("a GPU" if where.type == "cuda" else f"{torch.get_num_threads()} threads")
     samples = {timing.PRODUCT: [2.0, 1.0], timing.COPY: [4.0, 2.0]}
     size, copied = (64, 200) if where.type == "cuda" else (32, 100)
-    assert timing.machine_of(samples, where).flops == 2.0 * size**3
+    assert timing.machine_of(samples, where).flops == 2.0 * size**3 / (3 if where.type == "cuda" else 1)
     assert timing.machine_of(samples, where).bandwidth == 4.0 * copied
+
+
+def test_a_gpu_is_probed_by_tf32_products(where: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, mm, before = [], torch.mm, torch.get_float32_matmul_precision()
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        asked.append(torch.get_float32_matmul_precision())
+        return mm(*arguments, **named)
+
+    monkeypatch.setattr(torch, "mm", watched)
+    timing.machine_probes(where)[timing.PRODUCT]()
+    assert asked == ["high" if where.type == "cuda" else before]
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_polar(where: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,6 +112,8 @@ def test_polar(where: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < row.svd_error < 100 * torch.finfo(torch.float32).eps
     assert writes_down(row)
     assert "3 × 40 × 4" in polar.table_row(row)
+    (error,) = untimed(polar.verdicts([row]))
+    assert error.startswith("error")
 
 
 def test_polar_factor_itself(where: torch.device) -> None:
@@ -121,6 +144,7 @@ def test_retract(where: torch.device) -> None:
     assert timed(row.samples)
     assert writes_down(row)
     assert retract.table_row(row)
+    assert not untimed(retract.verdicts([row]))
 
 
 def test_step(where: torch.device) -> None:
@@ -156,6 +180,7 @@ def test_memory_of_a_step(where: torch.device, monkeypatch: pytest.MonkeyPatch) 
     row = step.measure(4, SHORT, True, where)
     assert row.extra_bytes == (dict.fromkeys(model.OPTIMIZERS, 1000) if where.type == "cuda" else {})
     assert step.table_row(row)
+    assert len(untimed(step.verdicts([row]))) == bool(row.extra_bytes)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -175,6 +200,22 @@ def test_adapter(where: torch.device, dropout: float, dtype: torch.dtype) -> Non
     assert row.saved["lora"] > 0
     assert writes_down(row)
     assert adapter.table_row(row)
+    (kept,) = untimed(adapter.verdicts([row]))
+    assert "keeps" in kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_an_adapter_are_in_half_precision_on_a_gpu_as_trainers_have_them(
+    where: torch.device, dtype: torch.dtype
+) -> None:
+    given = adapter.problem(adapter.Case(20, 12, 16, 4, 0.0, dtype), device=where)
+    made: list[torch.dtype] = []
+    for name, linear in (("lora", "lora_A.default"), ("published", "Vt")):
+        given.layers[name].get_submodule(linear).register_forward_hook(lambda *call: made.append(call[-1].dtype))
+        given.step(name)
+    assert made == [dtype if where.type == "cuda" else torch.float32] * 2
+    assert all(given.forward(name).dtype == dtype for name in given.layers)
+    assert ("autocast" in adapter.title(where)) == (where.type == "cuda")
 
 
 def test_more_cases_of_the_adapter_on_a_gpu() -> None:
@@ -190,7 +231,24 @@ def test_training_step(where: torch.device, dropout: float) -> None:
     assert timed(row.samples)
     assert writes_down(row)
     assert "not measured" in adapter_model.table_row(row)
-    assert ("bfloat16" if where.type == "cuda" else "float32") in adapter_model.title(where)
+    assert ("bfloat16 under torch.autocast," if where.type == "cuda" else "float32,") in adapter_model.title(where)
+
+
+def test_products_of_a_training_step_are_in_half_precision_on_a_gpu(
+    where: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[torch.dtype] = []
+
+    def watched(dropout: float, wanted: torch.device) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        built, optimizer = adapter_model._lora(dropout, wanted)
+        for name, module in built.named_modules():
+            if name.endswith("lora_A.default"):
+                module.register_forward_hook(lambda *call: made.append(call[-1].dtype))
+        return built, optimizer
+
+    monkeypatch.setattr(adapter_model, "TRAININGS", {"lora": watched})
+    adapter_model.training_step("lora", 0.0, where)()
+    assert made == [torch.bfloat16 if where.type == "cuda" else torch.float32] * 2 * len(adapter_model.PROJECTIONS)
 
 
 def test_memory_of_a_training_step(where: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +256,22 @@ def test_memory_of_a_training_step(where: torch.device, monkeypatch: pytest.Monk
     for name in adapter_model.TRAININGS:
         assert adapter_model.peak_bytes_of_step(name, 0.0, where) == 7 * 2**20
     if where.type == "cuda":  # a CPU's takes new processes
-        assert "7 MiB, 7 MiB" in adapter_model.table_row(adapter_model.measure(0.0, SHORT, True, where))
+        row = adapter_model.measure(0.0, SHORT, True, where)
+        assert "7 MiB, 7 MiB" in adapter_model.table_row(row)
+        (memory,) = untimed(adapter_model.verdicts([row]))
+        assert "peak memory" in memory
+
+
+def test_of_a_gpu_all_promises_but_those_about_time_are_judged(capsys: pytest.CaptureFixture[str]) -> None:
+    slow, large = Verdict(False, "slow"), Verdict(False, "large", timed=False)
+    assert not _judge([slow], device.CPU)
+    assert not _judge([large], device.CPU)
+    assert _judge([slow], GPU)
+    capsys.readouterr()
+    assert not _judge([slow, large], GPU)
+    printed = capsys.readouterr().out
+    assert "MISSED  large" in printed
+    assert "slow" not in printed
 
 
 def test_the_pretended_gpu_refuses_what_was_left_on_the_cpu() -> None:
@@ -257,6 +330,23 @@ def test_memory_of_a_gpu_is_what_its_allocator_handed_out(monkeypatch: pytest.Mo
     assert device.peak_bytes(GPU, lambda: held.update(most=1700)) == 700
 
 
+def test_garbage_is_no_part_of_the_memory_before_a_call_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = {"now": 1000}
+
+    class Cycle:
+        def __init__(self) -> None:
+            self.self = self
+
+        def __del__(self) -> None:
+            held["now"] = 400
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda wanted: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda wanted: held["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda wanted: 1700)
+    Cycle()
+    assert device.peak_bytes(GPU, lambda: None) == 1300
+
+
 @pytest.mark.skipif(not device.measures_memory(device.CPU), reason="Linux alone tells")
 def test_memory_of_a_cpu_is_the_rise_of_what_is_resident() -> None:
     size = 64 * 2**20
@@ -311,6 +401,35 @@ def test_a_gpu_that_is_there_becomes_the_current_one(monkeypatch: pytest.MonkeyP
     assert current == [index]
     assert torch.get_float32_matmul_precision() == "highest"
     assert device.named("cpu") == device.CPU
+
+
+def test_a_gpu_without_kernels_is_an_error_unless_the_reference_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_backend, "why_not", lambda: "Triton is not installed; pip install triton")
+    monkeypatch.delenv("STELLA_KERNELS_BACKEND", raising=False)
+    wanted = "--device cuda:0: Triton's kernels do not serve: .*; pip install triton, or .*BACKEND=reference"
+    with pytest.raises(device.DeviceUnavailableError, match=wanted):
+        device.served(GPU)
+    assert device.served(device.CPU).startswith("polar by ")
+    monkeypatch.setenv("STELLA_KERNELS_BACKEND", "reference")
+    every = "polar by reference, stella_adamw_ by reference, adapter_forward_ by reference"
+    assert device.served(GPU) == every
+    monkeypatch.delenv("STELLA_KERNELS_BACKEND")
+    monkeypatch.setattr(triton_backend, "why_not", str)
+    assert device.served(GPU) == every.replace("reference", "triton")
+
+
+@pytest.mark.parametrize(
+    ("hip", "capability", "three"),
+    [(None, (8, 0), True), (None, (9, 0), True), (None, (7, 5), False), ("7", (9, 4), False)],
+)
+def test_a_gpu_says_how_its_float32_products_are_made(
+    monkeypatch: pytest.MonkeyPatch, hip: str | None, capability: tuple[int, int], three: bool
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda wanted: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda wanted: "a GPU")
+    assert device.description(GPU) == "a GPU" + " (a float32 product is three of tf32)" * three
+    assert not device.three_of_tf32(device.CPU)
 
 
 def test_the_command_line_says_so_too() -> None:
