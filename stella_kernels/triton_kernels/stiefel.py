@@ -116,8 +116,9 @@ def _retract(
         **{"T": tiles.small, "T64": tiles.small64, "ROWS": tiles.rows64, "num_warps": tiles.solve_warps},
         **configuration.solve_options(target_backend()),
     )
+    greedy = configuration.update_options(target_backend(), KIND, R)
     update_kernel[(table.count,)](
-        table.items, table.rows, settings, coefficients, scales, state, **gram | tiles.streaming(R)
+        *(table.items, table.rows, settings, coefficients, scales, state), **gram | tiles.streaming(R) | greedy
     )
 
 

@@ -10,7 +10,16 @@ import triton.language as tl
 
 from .adapter_variants import adapter_variants
 from .compiled import Variant
-from .configuration import FUSION, arithmetic, gram_options, lays_apart, precision, solve_options, tiles_for
+from .configuration import (
+    FUSION,
+    arithmetic,
+    gram_options,
+    lays_apart,
+    precision,
+    solve_options,
+    tiles_for,
+    update_options,
+)
 from .gradient import coupling_kernel, coupling_sum_kernel, subtract_kernel
 from .moves import ADAMW, POLAR, RETRACT
 from .passes import gram_kernel, update_kernel
@@ -53,6 +62,8 @@ def stiefel_variants(
         options = solve_options(backend) if kernel is solve_kernel else FUSION
         if kernel is gram_kernel:
             options = gram_options(backend, used["KIND"], R)
+        if kernel is update_kernel:
+            options = update_options(backend, used["KIND"], R)
         return Variant(label, kernel, used, warps, products, wide, types, options)
 
     yield variant("coupling", coupling_kernel, {"GRADIENT": 0, "FACTOR": 1})
