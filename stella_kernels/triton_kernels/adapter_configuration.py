@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .configuration import precision
+from .configuration import FUSION, GREEDY, precision
 
 SUM_ITEMS = 1024  # of a gradient, a program's share of the last sums
 DROPOUT_TILE = (16, 256)
@@ -115,7 +115,5 @@ def joins_core_gradient(R: int) -> bool:
 
 
 def launch_options(backend: str) -> dict[str, int]:
-    """Of every launch. A product and a sum are fused by default in Triton 3.9 and not in 3.10; left alone, ptxas spills
-    from a few of these kernels to fit more programs at once."""
-    options: dict[str, int] = {"enable_fp_fusion": True}
-    return options | {"maxnreg": 255} if backend == "cuda" else options
+    """Of every launch."""
+    return FUSION | GREEDY if backend == "cuda" else FUSION

@@ -86,12 +86,12 @@ def tiles_for(R: int, dtype: torch.dtype) -> Tiles:
 # Of every launch: a product and a sum are fused by default in Triton 3.9 and not in 3.10.
 FUSION: dict[str, int] = {"enable_fp_fusion": True}
 # Left alone, ptxas spills from some kernels to fit more of their blocks at once, of which there are few.
-_GREEDY = {"maxnreg": 255}
+GREEDY = {"maxnreg": 255}
 
 
 def solve_options(backend: str) -> dict[str, int]:
     """Loads of the r × r algebra are not fetched ahead: the addresses would spill, and the matrices are in cache."""
-    return {**FUSION, **_GREEDY, "num_stages": 1} if backend == "cuda" else FUSION
+    return {**FUSION, **GREEDY, "num_stages": 1} if backend == "cuda" else FUSION
 
 
 def lays_apart(arch: object) -> bool:
@@ -101,7 +101,7 @@ def lays_apart(arch: object) -> bool:
 
 def gram_options(backend: str, KIND: int, R: int) -> dict[str, int]:
     """A few registers more than ptxas stops at by itself."""
-    return FUSION | _GREEDY if backend == "cuda" and KIND == RETRACT and R <= 32 else FUSION
+    return FUSION | GREEDY if backend == "cuda" and KIND == RETRACT and R <= 32 else FUSION
 
 
 def update_options(backend: str, KIND: int, R: int) -> dict[str, int]:
