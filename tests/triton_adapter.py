@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stella_kernels.ops import REFERENCE
 from stella_kernels.reference import adapter, philox
-from stella_kernels.triton_kernels import adapter_configuration, adapter_operators
+from stella_kernels.triton_kernels import adapter_configuration, adapter_launches, adapter_operators
 from stella_kernels.triton_kernels.adapter_configuration import PassTiles
 from stella_kernels.triton_kernels.adapter_operators import (
     OPERATORS,
@@ -33,7 +33,7 @@ def small_tiles(kernel: str, R: int, dtype: torch.dtype, backend: str, wide: boo
 
 def use_small_tiles() -> None:
     adapter_configuration.default_tiles = small_tiles
-    adapter_operators.SUM_ITEMS = 64
+    adapter_launches.SUM_ITEMS = 64
     adapter_operators.DROPOUT_TILE = (16, 32)
 
 
@@ -88,10 +88,10 @@ def storages() -> Iterator[Check]:
     mixed = _problem(T, m, n, r, torch.bfloat16)
     mixed |= {"x": torch.randn(T, n), "U": mixed["U"].double(), "Vt": mixed["Vt"].half()}
     yield from _compare("mixed dtypes", mixed, 0.25, torch.bfloat16)
-    index = adapter_operators._index
-    adapter_operators._index = lambda *arguments: tl.int64
+    index = adapter_launches._index
+    adapter_launches._index = lambda *arguments: tl.int64
     yield from _compare("64-bit offsets", _problem(T, m, n, r), 0.25, torch.float32)
-    adapter_operators._index = index
+    adapter_launches._index = index
 
 
 def ranks() -> Iterator[Check]:
