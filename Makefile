@@ -3,6 +3,7 @@
 #   make demo     fine-tune a real language model with StelLA and see what the native geometry gained
 #   make test     the full test suite
 #   make bench    the retraction and the optimizer step against torch's ways, the adapter against LoRA, at real models' shapes
+#   make test-arm the CPU kernels compiled for 64-bit ARM, on an emulated processor
 #   make lint     ruff, mypy, clang-format;   make format   apply what can be applied
 #   make clean    remove the environment and everything built
 
@@ -25,6 +26,9 @@ OLDEST_PEFT ?= peft==0.18.0 torchao==0.14.1
 # kernels run on them too, wherever the environment has a Triton. Empty turns that run off.
 OLDEST_TRITON ?= triton==3.5.0 numpy==2.3.5
 
+# A compiler for other processors, and an emulator of one.
+ARM_PACKAGES ?= ziglang==0.17.1 unicorn==2.1.4
+
 # An explicit mode: a build that cannot be done is an error here, never a silent fallback to the reference.
 export STELLA_KERNELS_BUILD ?= cpu
 
@@ -36,11 +40,12 @@ CACHE := .cache
 REVIEWS := $(CACHE)/vaderSentiment-3.3.2.tar.gz
 OLDEST_PEFT_DIR := $(CACHE)/oldest-peft
 OLDEST_TRITON_DIR := $(CACHE)/oldest-triton
+ARM_DIR := $(CACHE)/arm
 HAS_TRITON := $(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("triton") is None)'
 NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml $(NATIVE_SOURCES)
 
-.PHONY: env build test test-oldest-peft test-oldest-triton demo bench lint format clean
+.PHONY: env build test test-oldest-peft test-oldest-triton test-arm demo bench lint format clean
 
 env: $(VENV)/env.stamp
 build: $(VENV)/build.stamp
@@ -79,6 +84,20 @@ $(OLDEST_TRITON_DIR)/stamp: Makefile $(VENV)/env.stamp
 	if $(HAS_TRITON); then $(PIP) install --no-deps --target $(OLDEST_TRITON_DIR) $(OLDEST_TRITON); fi
 	@touch $@
 
+# Without torch there, and statically linked: the emulator has no libraries.
+test-arm: build $(ARM_DIR)/stamp
+	CXX="$(abspath $(ARM_DIR))/packages/ziglang/zig c++" CXXFLAGS="-target aarch64-linux-musl" cmake -G Ninja -S . \
+	  -B $(ARM_DIR)/build -D CMAKE_SYSTEM_NAME=Linux -D CMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -D STELLA_KERNELS_CPU=OFF -D STELLA_KERNELS_EMULATED=ON
+	cmake --build $(ARM_DIR)/build --target emulated_core
+	PYTHONPATH=$(abspath $(ARM_DIR))/packages STELLA_KERNELS_ARM=$(ARM_DIR)/build/emulated_core \
+	  $(BIN)/python -m pytest tests/arm $(PYTEST_ARGS)
+
+$(ARM_DIR)/stamp: Makefile $(VENV)/env.stamp
+	rm -rf $(ARM_DIR)
+	$(PIP) install --target $(ARM_DIR)/packages $(ARM_PACKAGES)
+	@touch $@
+
 demo: build $(VENV)/demo.stamp $(REVIEWS)
 	$(BIN)/python -m examples.finetune_smollm2 --reviews $(REVIEWS) $(DEMO_ARGS)
 
@@ -100,12 +119,12 @@ lint: $(VENV)/env.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(NATIVE_SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE_SOURCES) tests/arm/core.cpp
 
 format: $(VENV)/env.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(NATIVE_SOURCES)
+	$(BIN)/clang-format -i $(NATIVE_SOURCES) tests/arm/core.cpp
 
 clean:
 	rm -rf $(VENV) $(CACHE) build dist demo-output bench/results *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
