@@ -59,19 +59,20 @@ def evaluate(model: nn.Module, reviews: Sequence[Review], prompts: Prompts, titl
 
 def train(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    clock: StepClock,
+    optimizers: Sequence[tuple[torch.optim.Optimizer, StepClock]],
     batches: Iterator[list[Review]],
     prompts: Prompts,
     steps: int,
     title: str,
 ) -> float:
-    """Take ``steps`` steps; return the largest ``‖QᵀQ − I‖`` that any factor showed after any of them."""
+    """Take ``steps`` steps, of the optimizers in turn, each with its clock; return the largest ``‖QᵀQ − I‖`` that any
+    factor showed after any of them."""
     model.train()
     factors = stiefel_factors(model)
     largest = 0.0
     with tqdm(range(steps), desc=title, unit="step") as progress:
-        for _ in progress:
+        for step in progress:
+            optimizer, clock = optimizers[step % len(optimizers)]
             inputs, labels = prompts.batch(next(batches))
             clock.start()
             loss = cross_entropy(answer_logits(model, inputs), prompts.answer_tokens[labels])
@@ -104,7 +105,7 @@ def main() -> int:
     parser.add_argument("--reviews", type=Path, default=Path(".cache/vaderSentiment-3.3.2.tar.gz"))
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="where the adapter is saved")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--published-steps", type=int, default=6, help="steps timed with the geometry as published")
+    parser.add_argument("--timed-steps", type=int, default=8, help="timed of each geometry, native and as published")
     parser.add_argument("--held-out", type=int, default=384)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--alpha", type=int, default=16)
@@ -122,16 +123,15 @@ def main() -> int:
 
     model = get_peft_model(base, StellaConfig(r=RANK, lora_alpha=arguments.alpha, target_modules=PROJECTIONS))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer: torch.optim.Optimizer = StellaAdamW(model, lr=arguments.learning_rate, weight_decay=0.0, fused=True)
+    optimizer = StellaAdamW(model, lr=arguments.learning_rate, weight_decay=0.0, fused=True)
     batches = random_batches(reviews, BATCH, arguments.seed)
     print(f"{len(reviews)} reviews, {sum(p.numel() for p in trainable) / 1e6:.1f} M trained parameters", flush=True)
 
     clock = StepClock()
     with clock.around(optimizer):
         pass  # StellaAdamW has no hooks: one call does both, and is timed as the optimizer
-    orthonormality = train(model, optimizer, clock, batches, prompts, arguments.steps, "StelLA, native geometry")
-    fused = clock.median()
-    clock.remove()
+    native_way = [(optimizer, clock)]
+    orthonormality = train(model, native_way, batches, prompts, arguments.steps, "StelLA, native geometry")
     loss_after, accuracy_after = evaluate(model, held_out, prompts, "held out, after")
 
     inputs, _ = prompts.batch(held_out[:COMPARED_PROMPTS])
@@ -148,16 +148,21 @@ def main() -> int:
     loaded_difference = float((loaded_logits - logits).abs().max())
     merged_difference = float((merged_logits - logits).abs().max())
 
-    optimizer = torch.optim.AdamW(trainable, lr=arguments.learning_rate, weight_decay=0.0, fused=True)
-    clock = StepClock()
-    with clock.around(optimizer):
-        published_geometry = PublishedGeometry(optimizer, stiefel_factors(model), model.config.hidden_size)
-    train(model, optimizer, clock, batches, prompts, arguments.published_steps, "StelLA, geometry as published")
-    published = clock.median()
+    adamw = torch.optim.AdamW(trainable, lr=arguments.learning_rate, weight_decay=0.0, fused=True)
+    published_clock = StepClock()
+    with published_clock.around(adamw):
+        published_geometry = PublishedGeometry(adamw, stiefel_factors(model), model.config.hidden_size)
+    clock.forget()
+    ways = [*native_way, (adamw, published_clock)]  # in turn, so that what else the machine does slows both
+    train(model, ways, batches, prompts, 2 * arguments.timed_steps, "geometry native and as published")
+    fused, published = clock.median(), published_clock.median()
     published_geometry.remove()
-    # What the geometry adds to AdamW: the fused step less torch's fused AdamW on the same parameters, in this same run.
+    # What the geometry adds to AdamW: the fused step less torch's fused AdamW on the same parameters.
     native = Split(fused.forward_backward, published.optimizer, fused.optimizer - published.optimizer)
-    ratio = published.geometry / max(native.geometry, 1e-9)
+    if native.geometry > 0.0:
+        gain = f"geometry {published.geometry / native.geometry:.1f} times cheaper than as published"
+    else:
+        gain = "geometry lost in the noise of this machine, no slower than AdamW alone"
 
     # Rounding each entry of an exact Q to float32 moves QᵀQ by up to eps sqrt(r); the kernel's own sums take some more.
     manifold_tolerance = 10 * torch.finfo(torch.float32).eps * math.sqrt(RANK)
@@ -168,7 +173,7 @@ def main() -> int:
     print(split_line("StellaAdamW", native))
     print(split_line("AdamW, as published", published))
     print("  (StellaAdamW takes both in one call; its geometry is its time less that of torch's AdamW)")
-    print(f"  geometry: {ratio:.1f} times cheaper than as published (batched torch.linalg.svd)\n")
+    print(f"  {gain} (batched torch.linalg.svd)\n")
     print(f"adapter saved to {arguments.output}; {time.perf_counter() - began:.0f} s in all\n")
     checks = [
         (loss_after < loss_before, f"held-out loss fell: {loss_before:.3f} to {loss_after:.3f}"),
@@ -177,7 +182,7 @@ def main() -> int:
             orthonormality <= manifold_tolerance,
             f"largest ‖UᵀU − I‖ over the run, U and V: {orthonormality:.1e}, tolerance {manifold_tolerance:.1e}",
         ),
-        (ratio >= WANTED_RATIO, f"geometry {ratio:.1f} times cheaper than as published, wanted {WANTED_RATIO:g}"),
+        (published.geometry >= WANTED_RATIO * native.geometry, f"{gain}, wanted {WANTED_RATIO:g}"),
         (
             loaded_difference <= tolerance,
             f"logits of the loaded adapter differ by {loaded_difference:.1e}, tolerance {tolerance:.1e}",

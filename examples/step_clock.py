@@ -37,7 +37,6 @@ class StepClock:
     def __init__(self) -> None:
         self._stamps: list[float] = []
         self._splits: list[Split] = []
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def _stamp(self, *_: object) -> None:
         self._stamps.append(perf_counter())
@@ -45,11 +44,11 @@ class StepClock:
     @contextmanager
     def around(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
         """Enclose the hooks that are registered on ``optimizer`` inside the ``with`` block."""
-        self._handles.append(optimizer.register_step_pre_hook(self._stamp))
-        self._handles.append(optimizer.register_step_post_hook(self._stamp))
+        optimizer.register_step_pre_hook(self._stamp)
+        optimizer.register_step_post_hook(self._stamp)
         yield
-        self._handles.append(optimizer.register_step_pre_hook(self._stamp))
-        self._handles.append(optimizer.register_step_post_hook(self._stamp))
+        optimizer.register_step_pre_hook(self._stamp)
+        optimizer.register_step_post_hook(self._stamp)
 
     def start(self) -> None:
         """Mark the beginning of a step's forward pass."""
@@ -73,7 +72,6 @@ class StepClock:
             statistics.median(split.geometry for split in splits),
         )
 
-    def remove(self) -> None:
-        """Take the time stamps off the optimizer."""
-        while self._handles:
-            self._handles.pop().remove()
+    def forget(self) -> None:
+        """The steps recorded so far."""
+        self._splits.clear()
