@@ -276,6 +276,7 @@ def main() -> int:
     """``python -m bench.traffic FOLDER RANKS`` under TRITON_INTERPRET=1; 1 where a promise was missed."""
     from bench import adapter_traffic  # which imports this module's counters
 
+    torch.manual_seed(0)
     output, ranks = Path(sys.argv[1]), [int(rank) for rank in sys.argv[2:]]
     adapter, adapter_kept = adapter_traffic.report(ranks)
     step, step_kept = report(ranks)

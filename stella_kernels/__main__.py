@@ -164,6 +164,9 @@ def compile_report(chips: list[str] | None, ranks: list[int] | None, kernels: st
         print("Triton is not installed, so that nothing can be compiled; pip install triton")
         return 2
     module = importlib.import_module("stella_kernels.triton_kernels.compile_report")
+    if unknown := sorted(set(chips or ()) - set(module.CHIPS)):
+        print(f"--chips: found {' '.join(unknown)}, wanted some of {' '.join(module.CHIPS)}")
+        return 2
     return int(module.report(chips or tuple(module.CHIPS), ranks or module.RANKS, kernels, candidates))
 
 
@@ -176,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
     proof = commands.add_parser("verify", help="every available backend against the float64 reference")
     proof.add_argument("--quick", action="store_true", help="a part of the table that still reaches every path")
     compiled = commands.add_parser("compile-report", help="every Triton kernel compiled for chips that are not here")
-    compiled.add_argument("--chips", nargs="+", help="sm_80 sm_90 sm_100 sm_120 gfx942 (default: all)")
+    compiled.add_argument("--chips", nargs="+", help="sm_80 sm_89 sm_90 sm_100 sm_120 gfx942 (default: all)")
     compiled.add_argument("--ranks", nargs="+", type=int, choices=(16, 32, 64, 128), help="padded ranks (default: all)")
     compiled.add_argument("--kernels", default="", help="only those whose name contains this")
     compiled.add_argument("--candidates", action="store_true", help="also what autotuning may choose on a GPU")

@@ -1,8 +1,8 @@
 """Whether Triton's kernels serve, and their registration for CUDA tensors; Triton itself is imported at the first call.
 
 They are opaque operators to ``torch.compile``: no graph break, and nothing of Triton is traced. ``info`` of the
-operators over lists is on the factors' device: a step waits for nothing, and a CUDA graph can capture it once its
-factors' addresses are known from a call before.
+operators over lists is on the factors' device: they wait for nothing (an optimizer that reads it does, once a step),
+and a CUDA graph can capture them once the tensors' addresses are known from a call before.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import shutil
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -24,12 +26,21 @@ OPERATORS = (
 
 def why_not() -> str:
     """Why Triton's kernels do not serve on a GPU; empty where they do."""
+    missing = _missing()
+    if not missing and not torch.cuda.is_available():
+        return "there is no GPU that torch can use"
+    return missing
+
+
+def _missing() -> str:
+    """What stands in the way of Triton's kernels, whatever the GPU."""
     if os.environ.get("STELLA_KERNELS_BACKEND") == "reference":
         return "STELLA_KERNELS_BACKEND=reference asks for the reference"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; pip install triton"
-    if not torch.cuda.is_available():
-        return "there is no GPU that torch can use"
+    compilers = (os.environ.get("CC", ""), "gcc", "clang", "cc")
+    if sys.platform == "linux" and not any(map(shutil.which, filter(None, compilers))):
+        return "Triton compiles its launchers with a C compiler, and there is none; install gcc, or set CC"
     return ""
 
 
@@ -45,8 +56,8 @@ def operators() -> dict[str, Callable[..., Any]]:
 
 
 def register(library: torch.library.Library) -> None:
-    """Take over the CUDA key of every operator that Triton has, where it is installed."""
-    if os.environ.get("STELLA_KERNELS_BACKEND") == "reference" or importlib.util.find_spec("triton") is None:
+    """Take over the CUDA key of every operator that Triton has, where it is installed and can work."""
+    if _missing():
         return
     for name in OPERATORS:
         library.impl(name, _first_call_imports(name), "CUDA")

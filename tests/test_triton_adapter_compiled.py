@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 # Of each chip one rank; ``compile-report`` does everything.
-RANKS = {"sm_80": 64, "sm_90": 128, "sm_100": 32, "sm_120": 16}
+RANKS = {"sm_80": 64, "sm_89": 128, "sm_90": 128, "sm_100": 32, "sm_120": 16}
 PARTS = ("project", "accumulate", "contract", "spread")
 
 

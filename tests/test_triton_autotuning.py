@@ -232,12 +232,12 @@ def test_deterministic_algorithms_take_the_default(tuner: Tuner) -> None:
 
 
 def test_while_a_graph_is_captured_nothing_is_measured(tuner: Tuner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autotuning, "_capturing", lambda device: True)
+    monkeypatch.setattr(autotuning, "capturing", lambda device: True)
     assert tuner() == DEFAULT
     assert tuner.ran == []
-    monkeypatch.setattr(autotuning, "_capturing", lambda device: False)
+    monkeypatch.setattr(autotuning, "capturing", lambda device: False)
     assert tuner() == FAST  # the default was for that call alone
-    monkeypatch.setattr(autotuning, "_capturing", lambda device: True)
+    monkeypatch.setattr(autotuning, "capturing", lambda device: True)
     assert tuner() == FAST  # known by now
     new_process()
     assert tuner() == FAST  # a file can be read while a graph is captured
@@ -259,10 +259,23 @@ def test_a_candidate_that_does_not_fit_is_passed_over(tuner: Tuner) -> None:
     assert autotuning.chosen("kernel", (16,), (FAST, SLOW), DEFAULT, tuner.run, CPU, clock) == SLOW
 
 
-def test_without_memory_to_measure_in_the_default_runs(tuner: Tuner, tmp_path: Path) -> None:
+def test_a_candidate_that_a_pass_of_the_compiler_fails_on_is_passed_over(tuner: Tuner) -> None:
+    def clock(call: Callable[[], None]) -> float:
+        call()
+        if tuner.ran[-1] == FAST:
+            raise RuntimeError("PassManager::run failed")
+        return tuner.times[tuner.ran[-1]]
+
+    assert autotuning.chosen("kernel", (16,), (FAST, SLOW), DEFAULT, tuner.run, CPU, clock) == DEFAULT
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no memory"), RuntimeError("Triton Error [CUDA]: out of memory")]
+)
+def test_without_memory_to_measure_in_the_default_runs(tuner: Tuner, tmp_path: Path, error: RuntimeError) -> None:
     def clock(call: Callable[[], None]) -> float:
         tuner.run(DEFAULT)
-        raise torch.OutOfMemoryError("no memory")
+        raise error
 
     assert autotuning.chosen("kernel", (16,), (FAST, SLOW), DEFAULT, tuner.run, CPU, clock) == DEFAULT
     assert tuner.ran == [DEFAULT]

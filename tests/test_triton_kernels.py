@@ -186,6 +186,79 @@ def test_launches_do_not_grow_with_the_factors() -> None:
     assert layers == [[3, 5], [3, 5]]
 
 
+REFUSED = """
+import os
+os.environ["TRITON_INTERPRET"] = "1"
+import json, torch
+from stella_kernels.triton_kernels import stiefel, table
+from stella_kernels.triton_kernels.operators import OPERATORS
+
+def step(couplings, rows, dtype=torch.float32):
+    Y = torch.linalg.qr(torch.randn(20, 4)).Q.to(dtype)
+    before = Y.clone()
+    try:
+        arguments = [[Y], [torch.randn_like(Y)], [torch.zeros_like(Y)], [torch.zeros_like(Y)], couplings, rows, False]
+        OPERATORS["stella_adamw_"](*arguments)
+    except RuntimeError as error:
+        return [str(error), torch.equal(Y, before)]
+    return ["", torch.equal(Y, before)]
+
+rows = torch.tensor([[1e-3, 0.9, 0.999, 1e-8, 1.0, 1.0, 1.0]], dtype=torch.float64)
+none = torch.empty(0)
+found = [step([K], rows) for K in (torch.zeros(2, 2), torch.zeros(4, 4).bfloat16(), torch.zeros(4, 4, device="meta"))]
+found += [step([], rows), step([none], rows.float()), step([none], rows), step([torch.zeros(4, 4)], rows)]
+
+# the steps of half-precision factors are kept in one memory, wherever their gradients are
+Y, held = torch.linalg.qr(torch.randn(20, 4)).Q.bfloat16(), []
+for _ in range(3):
+    held.append(table.table_of([[Y], [torch.randn_like(Y)], [torch.zeros_like(Y)], [torch.zeros_like(Y)]], steps=True))
+assert len({t.held[0].data_ptr() for t in held}) == 1 and len({t.rows.data_ptr() for t in held}) == 3
+
+# a graph's tables outlive the cache, and it takes no settings from the host
+table.capturing = stiefel.capturing = lambda device: True
+kept = table.table_of([[Y], [Y]])
+for _ in range(2 * table._KEPT):
+    table.table_of([[torch.linalg.qr(torch.randn(20, 4)).Q]] * 2)
+assert any(each is kept for each in table._captured) and all(each is not kept for each in table._tables.values())
+try:
+    stiefel._to_device(rows, torch.device("meta"))
+except RuntimeError as error:
+    found.append([str(error), True])
+print(json.dumps(found))
+"""
+
+
+def test_what_does_not_belong_to_a_step_is_refused_and_nothing_changed() -> None:
+    *refused, plain, coupled, captured = json.loads(run(REFUSED))
+    for error, unchanged in refused[:3]:
+        assert error.startswith("stella_adamw_: couplings[0]: found (")
+        assert "wanted (4, 4), float32 or float64 on cpu" in error
+        assert unchanged
+    assert "couplings: found 0, wanted 1" in refused[3][0]
+    assert "hyperparameters: found (1, 7), torch.float32, wanted (1, 7), float64" in refused[4][0]
+    assert plain == coupled == ["", False]
+    assert "hyperparameters: found on cpu while a CUDA graph is captured" in captured[0]
+
+
+def test_without_a_c_compiler_the_reference_serves() -> None:
+    code = (
+        "import shutil; shutil.which = lambda name: None\n"
+        "import sys; sys.platform = 'linux'\n"
+        "from stella_kernels import backends, triton_backend\n"
+        "print(triton_backend.why_not(), backends.serving('polar', 'cuda'))"
+    )
+    assert "there is none; install gcc, or set CC reference" in run(code)
+
+
+def test_compile_report_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
+    from stella_kernels.__main__ import main
+
+    assert main(["compile-report", "--chips", "sm_99"]) == 2
+    assert "--chips: found sm_99, wanted some of sm_80" in capsys.readouterr().out
+    assert main(["compile-report", "--kernels", "nosuch"]) == 2
+    assert "found no kernel whose name contains 'nosuch'" in capsys.readouterr().out
+
+
 def test_on_another_device_is_the_same_call() -> None:
     """What ``verify`` wraps a GPU's operators in: here the copies are on the CPU too."""
     buffer = torch.randn(9, 4)

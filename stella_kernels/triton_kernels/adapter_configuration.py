@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -36,7 +37,7 @@ class PassTiles:
 _HALF = {
     "project": {16: (256, 64, 8, 2), 32: (256, 64, 8, 2), 64: (128, 64, 8, 3), 128: (128, 32, 8, 3)},
     "core": {16: (32, 0, 2, 2), 32: (32, 0, 4, 2), 64: (64, 0, 4, 2), 128: (16, 0, 8, 2)},
-    "accumulate": {16: (32, 256, 8, 3), 32: (32, 256, 8, 3), 64: (32, 256, 8, 3), 128: (32, 256, 8, 2)},
+    "accumulate": {16: (32, 256, 8, 3), 32: (32, 256, 8, 3), 64: (32, 256, 8, 3), 128: (16, 256, 8, 2)},
     "contract": {16: (32, 512, 8, 2), 32: (32, 512, 8, 2), 64: (32, 256, 8, 2), 128: (64, 128, 8, 2)},
     "spread": {16: (64, 128, 8, 2), 32: (64, 128, 8, 2), 64: (64, 128, 8, 2), 128: (32, 128, 8, 2)},
 }
@@ -49,6 +50,7 @@ _FLOAT32 = {
 }
 
 
+@lru_cache(maxsize=256)
 def default_tiles(kernel: str, R: int, dtype: torch.dtype, backend: str, wide: bool = False) -> PassTiles:
     """What runs where nothing was measured; float64 is to be right, and no more.
 
@@ -69,6 +71,7 @@ def default_tiles(kernel: str, R: int, dtype: torch.dtype, backend: str, wide: b
     return tiles
 
 
+@lru_cache(maxsize=256)
 def candidate_tiles(kernel: str, R: int, dtype: torch.dtype, backend: str, wide: bool = False) -> tuple[PassTiles, ...]:
     """What is measured beside the default: a few either way, none of which spills or is too large on every chip."""
     if dtype == torch.float64:

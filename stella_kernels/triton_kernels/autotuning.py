@@ -33,6 +33,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from .. import __version__
 from ..checks import check_choice
+from .table import capturing
 
 T = TypeVar("T")
 Clock = Callable[[Callable[[], None]], float]
@@ -137,7 +138,7 @@ def chosen(
             path = cache_folder() / "autotune" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.json"
             index = _read(path, parts)
             if index is None:
-                if _capturing(device):
+                if capturing(device):
                     return default
                 times = _measured(every, run, device, clock)
                 index = 0 if times is None else _publish(path, parts, times)
@@ -160,13 +161,6 @@ def _key(kernel: str, shape_class: tuple[object, ...], every: Sequence[object], 
     }
 
 
-def _capturing(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return bool(torch.cuda.is_current_stream_capturing())
-
-
 def _measured(
     every: Sequence[T], run: Callable[[T], None], device: torch.device, clock: Clock | None
 ) -> list[float] | None:
@@ -178,13 +172,17 @@ def _measured(
                 return clock(lambda: run(candidate))
             with torch.cuda.device(device):
                 return gpu_milliseconds(lambda: run(candidate))
-        except (OutOfResources, CompilationError, PTXASError) as error:
+        except (OutOfResources, CompilationError, PTXASError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "PassManager" not in str(error):  # a pass of the compiler
+                raise
             _log.info("autotuning: %r passed over: %s", candidate, error)
             return math.inf
 
     try:
         return [time_of(candidate) for candidate in every]
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:  # torch's OutOfMemoryError, or the driver's, by Triton
+        if "out of memory" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+            raise
         _log.info("autotuning: the default is taken: %s", error)
         return None
 
@@ -200,7 +198,7 @@ def _read(path: Path, parts: dict[str, Any]) -> int | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         index = parts["candidates"].index(record["choice"]) if record["key"] == parts else None
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
     return index
 

@@ -46,7 +46,7 @@ def report(
 ) -> int:
     """Compile and print; 1 where a kernel does not keep what its defaults promise, or a candidate serves no chip."""
     print(HEADER, flush=True)
-    missed = 0
+    missed = compiled = 0
     for name in chips:
         chip = CHIPS[name]
         for variant in variants(tuple(ranks), chip.target.backend, chip.target.arch):
@@ -54,8 +54,12 @@ def report(
                 continue
             resources = compile_for(variant, chip)
             found = list(faults(resources))
+            compiled += 1
             missed += bool(found)
             print(line(resources) + "".join(f"\n    MISSED {fault}" for fault in found), flush=True)
+    if not compiled:
+        print(f"--kernels: found no kernel whose name contains {only!r} ; the whole report has the names")
+        return 2
     print(f"{missed} kernels miss a promise" if missed else "every kernel keeps its promises")
     useless = report_candidates(chips, ranks, only) if candidates else []
     return int(missed > 0 or bool(useless))

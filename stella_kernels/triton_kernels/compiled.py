@@ -62,6 +62,7 @@ CHIPS = {
     chip.name: chip
     for chip in (
         _nvidia(80, 64, 32, 164, 163),
+        _nvidia(89, 48, 24, 100, 99),
         _nvidia(90, 64, 32, 228, 227),
         _nvidia(100, 64, 32, 228, 227),
         _nvidia(120, 48, 24, 100, 99),

@@ -126,11 +126,7 @@ def stella_adamw_(
 ) -> Tensor:
     """The whole AdamW step of constrained factors, in place; see ``ops.py``."""
     _check_lists("stella_adamw_", factors=factors, gradients=gradients, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
-    if len(couplings) != len(factors) or tuple(hyperparameters.shape) != (len(factors), stiefel.SETTINGS):
-        raise RuntimeError(
-            f"stella_adamw_: found {len(couplings)} couplings and hyperparameters of {tuple(hyperparameters.shape)}, "
-            f"wanted {len(factors)} and ({len(factors)}, {stiefel.SETTINGS})."
-        )
+    _check_settings(factors, couplings, hyperparameters)
     lists = (factors, gradients, exp_avgs, exp_avg_sqs, couplings)
     if not _takes(factors) or len(_groups(factors)) > 1:
         return _reference("stella_adamw_", factors, *lists, hyperparameters, skip_nonfinite)
@@ -141,6 +137,25 @@ def stella_adamw_(
         return stiefel.stella_adamw_(Y, gradient, m, v, K, rows, skip_nonfinite)
 
     return _of_groups(factors, call)
+
+
+def _check_settings(factors: list[Tensor], couplings: list[Tensor], hyperparameters: Tensor) -> None:
+    wanted = (len(factors), stiefel.SETTINGS)
+    if len(couplings) != len(factors):
+        raise RuntimeError(f"stella_adamw_: couplings: found {len(couplings)}, wanted {len(factors)}, one a factor.")
+    if tuple(hyperparameters.shape) != wanted or hyperparameters.dtype != torch.float64:
+        raise RuntimeError(
+            f"stella_adamw_: hyperparameters: found {tuple(hyperparameters.shape)}, {hyperparameters.dtype}, wanted "
+            f"{wanted}, float64."
+        )
+    for i, (K, Y) in enumerate(zip(couplings, factors, strict=True)):
+        square = (Y.shape[1], Y.shape[1])
+        right = tuple(K.shape) == square and K.dtype in (torch.float32, torch.float64) and K.device == Y.device
+        if K.numel() and not right:
+            raise RuntimeError(
+                f"stella_adamw_: couplings[{i}]: found {tuple(K.shape)}, {K.dtype} on {K.device}, wanted {square}, "
+                f"float32 or float64 on {Y.device}, or an empty tensor."
+            )
 
 
 def polar(M: Tensor, method: str) -> tuple[Tensor, Tensor]:

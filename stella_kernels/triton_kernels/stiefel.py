@@ -17,7 +17,7 @@ from .gradient import coupling_kernel, coupling_sum_kernel, subtract_kernel
 from .moves import ADAMW, POLAR, RETRACT, SETTINGS
 from .passes import gram_kernel, update_kernel
 from .solve import WORKSPACE, solve_kernel
-from .table import Table, element, table_of
+from .table import Table, capturing, element, keep_for_graphs, table_of
 
 Arguments = dict[str, Any]
 
@@ -130,6 +130,11 @@ def _to_device(settings: Tensor, device: torch.device) -> Tensor:
     """Without waiting for it: one copy from pinned memory, none where the settings are on the device already."""
     if settings.device == device:
         return settings.contiguous()
+    if capturing(device):
+        raise RuntimeError(
+            f"stella_adamw_: hyperparameters: found on {settings.device} while a CUDA graph is captured, which would "
+            f"replay this step's learning rate and count for ever; wanted on {device}, written before each replay."
+        )
     return settings.pin_memory().to(device, non_blocking=True)
 
 
@@ -159,6 +164,7 @@ def _settings_of(divisors: Sequence[float], device: torch.device) -> Tensor:
         settings = torch.zeros(len(divisors), SETTINGS, dtype=torch.float64)
         settings[:, 5] = torch.tensor(list(divisors), dtype=torch.float64)
         _divisors[key] = settings.to(device)
+    keep_for_graphs(device, _divisors[key])
     return _divisors[key]
 
 

@@ -51,6 +51,22 @@ class Table:
 
 
 _tables: OrderedDict[tuple[object, ...], Table] = OrderedDict()
+_steps: OrderedDict[tuple[object, ...], tuple[Tensor, ...]] = OrderedDict()
+_captured: list[object] = []  # what CUDA graphs have addresses of: they may be replayed for as long as the process runs
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether launches on the current stream of a device are recorded to a CUDA graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_current_stream_capturing())
+
+
+def keep_for_graphs(device: torch.device, memory: object) -> None:
+    """Never free ``memory`` where a CUDA graph is being captured that will read it."""
+    if capturing(device) and not any(memory is kept for kept in _captured):
+        _captured.append(memory)
 
 
 def _identity(tensor: Tensor) -> tuple[object, ...]:
@@ -63,6 +79,7 @@ def table_of(
     """The table of k factors, ``columns[j][i]`` the j-th tensor of factor i, each an (n, r) view of one dtype.
 
     Built once for the same memory: a step whose tensors stay where they are, and a captured CUDA graph, copy nothing.
+    Gradients that ``zero_grad`` frees usually come back where they were; where not, the host builds another, some ms.
     ``steps`` adds float32 scratch of the factors' size as the fifth tensor.
     """
     factors = columns[0]
@@ -83,7 +100,25 @@ def table_of(
         if len(_tables) > _KEPT:
             _tables.popitem(last=False)
     _tables.move_to_end(key)
+    keep_for_graphs(first.device, known)
     return known
+
+
+def _steps_of(factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Float32 scratch for the steps of these factors, the same at every call: gradients move, factors stay."""
+    key = (factors[0].device, *map(_identity, factors))
+    if key not in _steps:
+        if len(_steps) >= _KEPT:
+            _steps.popitem(last=False)
+        sizes = [(r, (n + 3) // 4 * 4) for n, r in (Y.shape for Y in factors)]  # a column is whole vectors
+        _steps[key] = tuple(torch.empty(size, dtype=torch.float32, device=factors[0].device) for size in sizes)
+    return _steps[key]
+
+
+def _on(device: torch.device, values: Sequence[Sequence[int]]) -> Tensor:
+    """int64 on the device, without waiting for it."""
+    here = torch.tensor(values, dtype=torch.int64)
+    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here.to(device)
 
 
 def _fields(tensor: Tensor) -> list[int]:
@@ -103,7 +138,7 @@ def _build(
     device = columns[0][0].device
     rows: list[list[int]] = []
     items: list[tuple[int, int]] = []
-    held: list[Tensor] = []
+    held = _steps_of(columns[0]) if steps else ()
     reach = 0
     for i, tensors in enumerate(zip(*columns, strict=True)):
         n, r = tensors[0].shape
@@ -113,8 +148,7 @@ def _build(
         every = list(tensors)
         if steps:
             every += [tensors[0]] * (TENSORS - 1 - len(every))
-            held.append(torch.empty(r, (n + 3) // 4 * 4, dtype=torch.float32, device=device))
-            every.append(held[-1].mT[:n])
+            every.append(held[i].mT[:n])
         for tensor in every:
             row += _fields(tensor)
             # the furthest element that is addressed from a chunk's first row, masked ones among them
@@ -122,8 +156,8 @@ def _build(
         rows.append(row + [0] * (HEADER + FIELDS * TENSORS - len(row)))
     assert all(len(row) == ROW for row in rows)
     return Table(
-        rows=torch.tensor(rows, dtype=torch.int64).to(device),
-        items=torch.tensor(items, dtype=torch.int64).to(device),
+        rows=_on(device, rows),
+        items=_on(device, items),
         factors=len(rows),
         count=len(items),
         R=R,
@@ -131,7 +165,7 @@ def _build(
         device=device,
         tiles=tiles,
         INDEX=tl.int32 if reach < 2**31 else tl.int64,
-        held=tuple(held),
+        held=held,
     )
 
 
