@@ -47,12 +47,16 @@ bool gram_in_range(const double* gram, int64_t r) {
 
 // Adds the Gram matrix of rows [begin, end) to `gram` (r x r): its upper triangle at least.
 void gram_of_rows(const MatrixView& view, int64_t begin, int64_t end, double* gram) {
-  const int64_t r = view.r, chunk = chunk_of_rows(r);
+  const int64_t r = view.r;
+  const bool is_short = view.row_stride == r && r <= 8;
+  const int64_t chunk = is_short ? kFloatSumRows : chunk_of_rows(r);
   RowSums sums(r, gram);
   for (int64_t i = begin; i < end; i += chunk) {
     const int64_t rows = end - i < chunk ? end - i : chunk;
     const float* from = rows_of(view, i);
-    cross_of_rows(from, view.row_stride, from, view.row_stride, rows, r, true, sums.block(0, 0), r);
+    if (!is_short || !(gram_of_short_rows<8>(from, rows, r, sums.block(0, 0)) ||
+                       gram_of_short_rows<4>(from, rows, r, sums.block(0, 0))))
+      cross_of_rows(from, view.row_stride, from, view.row_stride, rows, r, true, sums.block(0, 0), r);
     sums.added(rows, i + chunk >= end);
   }
 }

@@ -98,6 +98,56 @@ void cross_of_rows(const float* a, int64_t a_stride, const float* b, int64_t b_s
   });
 }
 
+#ifdef STELLA_SHUFFLE
+// Each run of r lanes rotated left by `by`.
+template <int r, int by, typename V, int... lane>
+STELLA_INLINE V rotate_runs(V v, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(v, v, (lane / r * r + (lane + by) % r)...);
+}
+
+template <int r, typename V, int... by>
+STELLA_INLINE void add_rotations(V v, V* sums, std::integer_sequence<int, by...>) {
+  constexpr auto all = std::make_integer_sequence<int, kWidest>();
+  ((sums[by] += v * rotate_runs<r, by>(v, all)), ...);
+}
+#endif
+
+// Upper triangle of sums (r x r) += a^T a over contiguous rows, where a vector holds one or several whole ones: its
+// products with its own rotations by up to half a row are all of them. Returns whether that is so for any_r.
+template <int r>
+bool gram_of_short_rows(const float* a, int64_t rows, int64_t any_r, float* sums) {
+#ifdef STELLA_SHUFFLE
+  if constexpr (kWidest % r == 0) {
+    if (any_r != r) return false;
+    constexpr int kPerVector = kWidest / r, kRotations = r / 2 + 1, kSets = r == 4 ? 2 : 1;  // sets hide the latency
+    using V = Vector<float>;
+    constexpr auto rotations = std::make_integer_sequence<int, kRotations>();
+    V parts[kSets][kRotations] = {};
+    int64_t i = 0;
+    for (; i + kSets * kPerVector <= rows; i += kSets * kPerVector)
+#pragma GCC unroll 2
+      for (int set = 0; set < kSets; ++set) add_rotations<r>(load<V>(a + i * r + set * kWidest), parts[set], rotations);
+    if (i < rows) {
+      float last[kSets * kWidest] = {};
+      std::memcpy(last, a + i * r, static_cast<size_t>((rows - i) * r) * sizeof(float));
+      for (int set = 0; set < kSets; ++set) add_rotations<r>(load<V>(last + set * kWidest), parts[set], rotations);
+    }
+    for (int by = 0; by < kRotations; ++by) {
+      V part = parts[0][by];
+      if constexpr (kSets == 2) part += parts[1][by];
+      for (int lane = 0; lane < kWidest; ++lane) {
+        const int j = lane % r, k = (j + by) % r;
+        if (2 * by == r && j >= k) continue;  // each product of these is there twice
+        sums[(j < k ? j : k) * r + (j < k ? k : j)] += part[lane];
+      }
+    }
+    return true;
+  }
+#endif
+  (void)a, (void)rows, (void)any_r, (void)sums;
+  return false;
+}
+
 // Float32 sums of Gram blocks (order x order) on their way to float64 ones.
 class RowSums {
  public:
