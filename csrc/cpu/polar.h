@@ -78,6 +78,9 @@ void multiply_rows(const MatrixView& in, const MatrixView& out, int64_t begin, i
   if (streamed) stream_fence();
 }
 
+// Vectors of 64 bytes leave a tile so much to do for each coefficient that these may come from L2.
+constexpr int64_t kPolarRowRanks = kWidest == 16 ? 128 : kRowRanks;
+
 // The Gram matrix of rows [begin, end), added to `gram`, and the factor of those rows: with panels kept between the two
 // where one object does both.
 template <typename T>
@@ -85,7 +88,8 @@ class PolarPasses {
  public:
   PolarPasses(const PolarJob& job, T scale, int64_t begin, int64_t end)
       : job_(job),
-        by_rows_(std::is_same_v<T, float> && scale == T(1) && rows_are_vectors(job.in) && rows_are_vectors(job.out)),
+        by_rows_(std::is_same_v<T, float> && scale == T(1) && rows_are_vectors(job.in, kPolarRowRanks) &&
+                 rows_are_vectors(job.out, kPolarRowRanks)),
         panels_(&job.in, nullptr, false, scale, begin, end) {}
 
   void gram(double* gram) {

@@ -15,8 +15,8 @@ constexpr int kNarrowest = 4;
 constexpr int64_t kRowRanks = 64;       // beyond, the coefficients no longer stay in L1 beside the rows
 constexpr int64_t kFloatSumRows = 256;  // rows summed in float32 before the sum goes to float64
 
-bool rows_are_vectors(const MatrixView& view) {
-  return view.storage == Storage::float32 && view.col_stride == 1 && view.r % kNarrowest == 0 && view.r <= kRowRanks;
+bool rows_are_vectors(const MatrixView& view, int64_t most = kRowRanks) {
+  return view.storage == Storage::float32 && view.col_stride == 1 && view.r % kNarrowest == 0 && view.r <= most;
 }
 
 // Rows without gaps besides.
