@@ -2,7 +2,7 @@
 #pragma once
 
 #include "passes.h"
-#include "row_kernels.h"
+#include "short_rows.h"
 #include "svd_polar.h"
 #include "value_range.h"
 
@@ -48,32 +48,48 @@ bool gram_in_range(const double* gram, int64_t r) {
 // Adds the Gram matrix of rows [begin, end) to `gram` (r x r): its upper triangle at least.
 void gram_of_rows(const MatrixView& view, int64_t begin, int64_t end, double* gram) {
   const int64_t r = view.r;
-  const bool is_short = view.row_stride == r && r <= 8;
-  const int64_t chunk = is_short ? kFloatSumRows : chunk_of_rows(r);
+  if (rows_are_short(view))
+    return for_short_row(r, [&](auto width) { gram_of_short_rows<width>(rows_of(view, begin), end - begin, gram); });
+  const int64_t chunk = chunk_of_rows(r);
   RowSums sums(r, gram);
   for (int64_t i = begin; i < end; i += chunk) {
     const int64_t rows = end - i < chunk ? end - i : chunk;
     const float* from = rows_of(view, i);
-    if (!is_short || !(gram_of_short_rows<8>(from, rows, r, sums.block(0, 0)) ||
-                       gram_of_short_rows<4>(from, rows, r, sums.block(0, 0))))
-      cross_of_rows(from, view.row_stride, from, view.row_stride, rows, r, true, sums.block(0, 0), r);
+    cross_of_rows(from, view.row_stride, from, view.row_stride, rows, r, true, sums.block(0, 0), r);
     sums.added(rows, i + chunk >= end);
   }
 }
 
-// Rows [begin, end) of out = in * coefficients (r x r); `upcoming` is fetched meanwhile.
+// product(first row, rows) for rows [begin, end), some at a time; `upcoming` is fetched meanwhile.
+template <typename Product>
+STELLA_INLINE void multiply_chunks(int64_t begin, int64_t end, int64_t chunk, int64_t r, const float* upcoming,
+                                   Product&& product) {
+  for (int64_t i = begin; i < end; i += chunk) {
+    const int64_t rows = end - i < chunk ? end - i : chunk;
+    if (upcoming) prefetch_rows(upcoming + i * r, rows * r);
+    product(i, rows);
+  }
+}
+
+// Rows [begin, end) of out = in * coefficients (r x r).
 template <bool streamed>
 void multiply_rows(const MatrixView& in, const MatrixView& out, int64_t begin, int64_t end, const double* coefficients,
                    const float* upcoming) {
-  constexpr int64_t kChunk = 24;
   const int64_t r = in.r;
-  float* blocked = scratch().coefficients.reserve<float>(r * r);
-  block_row_coefficients(coefficients, r, blocked);
-  for (int64_t i = begin; i < end; i += kChunk) {
-    const int64_t rows = end - i < kChunk ? end - i : kChunk;
-    if (upcoming) prefetch_rows(upcoming + i * r, rows * r);
-    const RowTerm term = {rows_of(in, i), in.row_stride, blocked};
-    update_rows<streamed>(nullptr, 0, &term, 1, r, rows, rows_of(out, i), out.row_stride);
+  if (rows_are_short(in) && rows_are_short(out)) {
+    for_short_row(r, [&](auto width) {
+      const ShortRowProduct<width> product(coefficients);
+      multiply_chunks(begin, end, 256 / width, r, upcoming, [&](int64_t i, int64_t rows) {
+        product.template operator()<streamed>(rows_of(in, i), rows, rows_of(out, i));
+      });
+    });
+  } else {
+    float* blocked = scratch().coefficients.reserve<float>(r * r);
+    block_row_coefficients(coefficients, r, blocked);
+    multiply_chunks(begin, end, 24, r, upcoming, [&](int64_t i, int64_t rows) {
+      const RowTerm term = {rows_of(in, i), in.row_stride, blocked};
+      update_rows<streamed>(nullptr, 0, &term, 1, r, rows, rows_of(out, i), out.row_stride);
+    });
   }
   if (streamed) stream_fence();
 }
@@ -103,7 +119,7 @@ class PolarPasses {
   void update(const double* coefficients, double* gram) const {
     if (!by_rows_) return update_pass(panels_, coefficients, 0, false, job_.out, gram);
     const float* upcoming = static_cast<const float*>(job_.upcoming);
-    if (job_.stream && !gram && can_stream(job_.out))
+    if (job_.stream && !gram && can_stream(job_.out, panels_.begin))
       multiply_rows<true>(job_.in, job_.out, panels_.begin, panels_.end, coefficients, upcoming);
     else
       multiply_rows<false>(job_.in, job_.out, panels_.begin, panels_.end, coefficients, upcoming);

@@ -22,6 +22,17 @@ bool rows_are_vectors(const MatrixView& view, int64_t most = kRowRanks) {
 // Rows without gaps besides.
 bool rows_are_contiguous(const MatrixView& view) { return rows_are_vectors(view) && view.row_stride == view.r; }
 
+// Whether short_rows.h has a kernel for rows of r values.
+constexpr bool is_short_row(int64_t r) {
+#ifdef STELLA_SHUFFLE
+  return (r == 4 || r == 8) && kWidest % r == 0;
+#else
+  return r < 0;  // never
+#endif
+}
+
+bool rows_are_short(const MatrixView& view) { return rows_are_contiguous(view) && is_short_row(view.r); }
+
 STELLA_INLINE float* rows_of(const MatrixView& view, int64_t i) {
   return static_cast<float*>(view.data) + i * view.row_stride;
 }
@@ -98,56 +109,6 @@ void cross_of_rows(const float* a, int64_t a_stride, const float* b, int64_t b_s
   });
 }
 
-#ifdef STELLA_SHUFFLE
-// Each run of r lanes rotated left by `by`.
-template <int r, int by, typename V, int... lane>
-STELLA_INLINE V rotate_runs(V v, std::integer_sequence<int, lane...>) {
-  return __builtin_shufflevector(v, v, (lane / r * r + (lane + by) % r)...);
-}
-
-template <int r, typename V, int... by>
-STELLA_INLINE void add_rotations(V v, V* sums, std::integer_sequence<int, by...>) {
-  constexpr auto all = std::make_integer_sequence<int, kWidest>();
-  ((sums[by] += v * rotate_runs<r, by>(v, all)), ...);
-}
-#endif
-
-// Upper triangle of sums (r x r) += a^T a over contiguous rows, where a vector holds one or several whole ones: its
-// products with its own rotations by up to half a row are all of them. Returns whether that is so for any_r.
-template <int r>
-bool gram_of_short_rows(const float* a, int64_t rows, int64_t any_r, float* sums) {
-#ifdef STELLA_SHUFFLE
-  if constexpr (kWidest % r == 0) {
-    if (any_r != r) return false;
-    constexpr int kPerVector = kWidest / r, kRotations = r / 2 + 1, kSets = r == 4 ? 2 : 1;  // sets hide the latency
-    using V = Vector<float>;
-    constexpr auto rotations = std::make_integer_sequence<int, kRotations>();
-    V parts[kSets][kRotations] = {};
-    int64_t i = 0;
-    for (; i + kSets * kPerVector <= rows; i += kSets * kPerVector)
-#pragma GCC unroll 2
-      for (int set = 0; set < kSets; ++set) add_rotations<r>(load<V>(a + i * r + set * kWidest), parts[set], rotations);
-    if (i < rows) {
-      float last[kSets * kWidest] = {};
-      std::memcpy(last, a + i * r, static_cast<size_t>((rows - i) * r) * sizeof(float));
-      for (int set = 0; set < kSets; ++set) add_rotations<r>(load<V>(last + set * kWidest), parts[set], rotations);
-    }
-    for (int by = 0; by < kRotations; ++by) {
-      V part = parts[0][by];
-      if constexpr (kSets == 2) part += parts[1][by];
-      for (int lane = 0; lane < kWidest; ++lane) {
-        const int j = lane % r, k = (j + by) % r;
-        if (2 * by == r && j >= k) continue;  // each product of these is there twice
-        sums[(j < k ? j : k) * r + (j < k ? k : j)] += part[lane];
-      }
-    }
-    return true;
-  }
-#endif
-  (void)a, (void)rows, (void)any_r, (void)sums;
-  return false;
-}
-
 // Float32 sums of Gram blocks (order x order) on their way to float64 ones.
 class RowSums {
  public:
@@ -199,11 +160,12 @@ STELLA_INLINE void stream_fence() {
 #endif
 }
 
-// Every row starts where the widest of its tiles' vectors may, and the tiles grow no wider along it.
-bool can_stream(const MatrixView& out) {
+// Every row from `begin` on starts where the widest of its tiles' vectors may, and the tiles grow no wider along it.
+bool can_stream(const MatrixView& out, int64_t begin) {
   int64_t lanes = kWidest;
-  while (lanes > out.r) lanes /= 2;
-  return reinterpret_cast<uintptr_t>(out.data) % (lanes * sizeof(float)) == 0 && out.row_stride % lanes == 0;
+  while (lanes > out.r && !rows_are_short(out)) lanes /= 2;
+  const bool first = reinterpret_cast<uintptr_t>(rows_of(out, begin)) % (lanes * sizeof(float)) == 0;
+  return first && (rows_are_short(out) || out.row_stride % lanes == 0);
 }
 
 // One term of an update: rows times coefficients (r x r, blocked).

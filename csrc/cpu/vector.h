@@ -80,6 +80,16 @@ STELLA_INLINE V square_root(V v) {
 #endif
 #endif
 
+// Lane i of the result is lane from[i] of v.
+template <int... from, typename V>
+STELLA_INLINE V permute(V v) {
+#ifdef STELLA_SHUFFLE
+  return __builtin_shufflevector(v, v, from...);
+#else
+  return V{v[from]...};
+#endif
+}
+
 #ifdef STELLA_SHUFFLE
 // Adds the upper half of the lanes to the lower half. By shuffles, not by address: a vector whose address is taken
 // lives in memory, and with it every accumulator that is folded after its loop.
