@@ -1,4 +1,4 @@
-"""A small least-squares problem over two adapters, and the published step on it, for the tests of the optimizers."""
+"""A small least-squares problem over two adapters, and the published step and ours on it, for the optimizers' tests."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Adafactor, Adam, AdamW, NAdam, Optimizer, RMSprop
 
 from stella_kernels.nn import stiefel_factors
+from stella_kernels.optim import Attachment, StellaAdamW, attach
 from stella_kernels.reference import stiefel
 from stella_kernels.reference.step import PublishedStep
 
@@ -96,3 +97,49 @@ def published(
 
 def worst_error(model: nn.Module) -> float:
     return max(float(stiefel.orthonormality_error(f.view.double())) for f in stiefel_factors(model))
+
+
+PLAIN: dict[str, Any] = {"lr": 2e-2, "weight_decay": 0.0}
+
+
+def fused(problem: Problem, steps: int, dtype: torch.dtype = F64, **kwargs: Any) -> tuple[Model, StellaAdamW]:
+    model = problem.copy(dtype)
+    optimizer = StellaAdamW(model, **{**PLAIN, **kwargs})
+    problem.train(model, optimizer, optimizer.step, 0, steps)
+    return model, optimizer
+
+
+def torch_adamw(**kwargs: Any) -> Callable[..., AdamW]:
+    return lambda parameters: AdamW(parameters, **{**PLAIN, **kwargs})
+
+
+def state_of(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
+    return copy.deepcopy(optimizer.state_dict()["state"])
+
+
+def same_state(a: dict[int, dict[str, Tensor]], b: dict[int, dict[str, Tensor]]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k][key], b[k][key]) for k in b for key in b[k])
+
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "adamw": lambda p: AdamW(p, lr=2e-2, weight_decay=0.0),
+    "sgd_momentum": lambda p: SGD(p, lr=5e-2, momentum=0.9),
+    "adamw_loop": lambda p: AdamW(p, lr=2e-2, weight_decay=0.0, foreach=False),
+    "adamw_foreach": lambda p: AdamW(p, lr=2e-2, weight_decay=0.0, foreach=True),
+    "adamw_fused": lambda p: AdamW(p, lr=2e-2, weight_decay=0.0, fused=True),
+    "sgd_foreach_maximize": lambda p: SGD(p, lr=1e-3, foreach=True, maximize=True),
+    "rmsprop": lambda p: RMSprop(p, lr=1e-2),
+    "adafactor": lambda p: Adafactor(p, lr=1e-2),
+    "nadam_amsgrad_free": lambda p: NAdam(p, lr=1e-2),
+    "adam_amsgrad": lambda p: Adam(p, lr=1e-2, amsgrad=True),
+}
+
+
+def hooked(
+    problem: Problem, build: Callable[..., Optimizer], steps: int, dtype: torch.dtype, **kwargs: Any
+) -> tuple[Model, Attachment]:
+    model = problem.copy(dtype)
+    optimizer = build(model.parameters())
+    attachment = attach(optimizer, model, **kwargs)
+    problem.train(model, optimizer, optimizer.step, 0, steps)
+    return model, attachment

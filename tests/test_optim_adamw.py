@@ -1,4 +1,4 @@
-"""``StellaAdamW`` against the published step around torch's AdamW, option by option; the operator; its errors."""
+"""``StellaAdamW`` against the published step around torch's AdamW, option by option, and its state."""
 
 from __future__ import annotations
 
@@ -14,166 +14,30 @@ import torch
 from stiefel_problem import (
     F64,
     HIDDEN,
+    PLAIN,
     Adapter,
     Model,
     Problem,
     distance,
+    fused,
     identical,
     orthonormal,
     published,
+    same_state,
+    state_of,
+    torch_adamw,
     values,
     worst_error,
 )
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from stella_kernels import ops
-from stella_kernels.checks import NonFiniteError
 from stella_kernels.nn import StiefelFactor, stiefel_factors
 from stella_kernels.optim import StellaAdamW, attach
-from stella_kernels.reference import adamw as reference
 from stella_kernels.reference import stiefel
 from stella_kernels.reference.step import PublishedStep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-PLAIN: dict[str, Any] = {"lr": 2e-2, "weight_decay": 0.0}
-
-
-def fused(problem: Problem, steps: int, dtype: torch.dtype = F64, **kwargs: Any) -> tuple[Model, StellaAdamW]:
-    model = problem.copy(dtype)
-    optimizer = StellaAdamW(model, **{**PLAIN, **kwargs})
-    problem.train(model, optimizer, optimizer.step, 0, steps)
-    return model, optimizer
-
-
-def torch_adamw(**kwargs: Any) -> Callable[..., AdamW]:
-    return lambda parameters: AdamW(parameters, **{**PLAIN, **kwargs})
-
-
-def state_of(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
-    return copy.deepcopy(optimizer.state_dict()["state"])
-
-
-def same_state(a: dict[int, dict[str, Tensor]], b: dict[int, dict[str, Tensor]]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k][key], b[k][key]) for k in b for key in b[k])
-
-
-# --- the operator ---
-
-OPERATORS = {
-    "dispatched": lambda *args: torch.ops.stella_kernels.stella_adamw_(*args),
-    "reference": lambda *args: ops.REFERENCE["stella_adamw_"](*args),
-}
-SHAPES = [(1, 1), (5, 5), (37, 4), (130, 16), (300, 33), (64, 1)]
-ROWS = [[1e-2, 0.9, 0.999, 1e-8, 3.0, 1.7, 1.0], [3e-3, 0.8, 0.99, 1e-6, 7.0, 0.6, -1.0]]
-
-
-class Case:
-    """Arguments of the operator on fresh random factors, alternately of either storage; every other K is given."""
-
-    def __init__(self, dtype: torch.dtype, shapes: list[tuple[int, int]] = SHAPES) -> None:
-        self.lists: tuple[list[Tensor], ...] = ([], [], [], [], [])
-        for i, (n, r) in enumerate(shapes):
-            Y, G = orthonormal(n, r).to(dtype), torch.randn(n, r, dtype=F64).to(dtype)
-            m, v = 0.1 * torch.randn(n, r, dtype=F64).to(dtype), torch.rand(n, r, dtype=F64).to(dtype)
-            wide = torch.promote_types(dtype, torch.float32)
-            K = (G.to(wide).mT @ Y.to(wide)) if i % 2 else Y.new_empty(0)
-            stored = [t.mT.contiguous().mT if i % 3 == 1 else t for t in (Y, G, m, v)]
-            for values_of_kind, value in zip(self.lists, [*stored, K], strict=True):
-                values_of_kind.append(value)
-        self.hyperparameters = torch.tensor([ROWS[i % 2] for i in range(len(shapes))], dtype=F64)
-
-    def arguments(self, skip_nonfinite: bool = False) -> tuple[Any, ...]:
-        return (*self.lists, self.hyperparameters, skip_nonfinite)
-
-    def expected(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """(Y, m, v) after the step, in float64."""
-        results = []
-        for *given, _, row in zip(*self.lists, self.hyperparameters.tolist(), strict=True):
-            names = ("lr", "beta1", "beta2", "eps", "step", "divisor", "sign")
-            exact = reference.riemannian_adamw_step(*(t.double() for t in given), **dict(zip(names, row, strict=True)))
-            results.append(exact)
-        return results
-
-
-@pytest.mark.parametrize("operator", sorted(OPERATORS))
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_operator_equals_the_float64_reference(operator: str, dtype: torch.dtype) -> None:
-    """Y, m and v to 32 roundings, relative in norm, and to one of the storage dtype.
-
-    g takes two products of length n and r, whose errors grow with their square roots at worst (r ≤ 33, and the rows
-    of Y have norm sqrt(r/n)), so g, m, v stay within some ten eps; the retraction adds a few. The move enters Y at
-    lr = 1e-2, so that an error of it counts for less: a v so small that m / sqrt(v) blows one up is no matter.
-    """
-    case = Case(dtype)
-    expected = case.expected()
-    gradients = [g.clone() for g in case.lists[1]]
-    info = OPERATORS[operator](*case.arguments())
-    half = dtype in (torch.bfloat16, torch.float16)
-    arithmetic = torch.float32 if half else dtype
-    tolerance = 32 * torch.finfo(arithmetic).eps + (torch.finfo(dtype).eps if half else 0)
-    for (Y, m, v), got_Y, got_m, got_v in zip(expected, *(case.lists[i] for i in (0, 2, 3)), strict=True):
-        for exact, got in ((Y, got_Y), (m, got_m), (v, got_v)):
-            assert float(torch.linalg.norm(got.double() - exact)) <= tolerance * float(torch.linalg.norm(exact))
-    assert bool((info[:, 0] == 0).all())
-    assert info.shape == (len(SHAPES), 4)
-    assert info.dtype == F64
-    assert all(torch.equal(g, before) for g, before in zip(case.lists[1], gradients, strict=True))
-
-
-@pytest.mark.parametrize("operator", sorted(OPERATORS))
-def test_operator_writes_nothing_beside_a_nan_or_all_the_others(operator: str) -> None:
-    case = Case(torch.float32)
-    case.lists[1][2][3, 1] = math.nan
-    case.lists[1][4][5, 0] = -math.inf
-    before = copy.deepcopy(case.lists)
-    info = OPERATORS[operator](*case.arguments(skip_nonfinite=False))
-    assert info[:, 0].tolist() == [0, 0, 1, 0, 1, 0]
-    for kept, now in zip(before, case.lists, strict=True):
-        assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(kept, now, strict=True))
-    sound = copy.deepcopy(case)
-    for kept in sound.lists:
-        for i in (4, 2):
-            kept.pop(i)
-    sound.hyperparameters = sound.hyperparameters[[0, 1, 3, 5]]
-    OPERATORS[operator](*sound.arguments())
-    info = OPERATORS[operator](*case.arguments(skip_nonfinite=True))
-    assert info[:, 0].tolist() == [0, 0, 1, 0, 1, 0]
-    for kind in (0, 2, 3):
-        for i, j in enumerate((0, 1, 3, 5)):
-            # other work may be shared among threads otherwise: round-off
-            assert torch.allclose(case.lists[kind][j], sound.lists[kind][i], rtol=1e-5, atol=1e-6)
-            assert not torch.equal(case.lists[kind][j], before[kind][j]) or kind != 2
-        for i in (2, 4):
-            assert torch.equal(case.lists[kind][i].nan_to_num(), before[kind][i].nan_to_num())
-
-
-@pytest.mark.parametrize("operator", sorted(OPERATORS))
-@pytest.mark.parametrize("where", [0, 2, 3])
-def test_operator_does_not_move_a_factor_to_nan(operator: str, where: int) -> None:
-    """``where``: NaN in a factor or in a moment; the other factors take their step."""
-    case = Case(torch.float32)
-    case.lists[where][3][2, 1] = math.nan
-    before = copy.deepcopy(case.lists[0])
-    info = OPERATORS[operator](*case.arguments())
-    assert info[:, 0].tolist() == [0, 0, 0, 1, 0, 0]
-    assert torch.equal(case.lists[0][3].nan_to_num(), before[3].nan_to_num())
-    assert all(bool(case.lists[0][i].isfinite().all()) for i in (0, 1, 2, 4, 5))
-    assert not torch.equal(case.lists[0][4], before[4])
-
-
-@pytest.mark.parametrize("operator", sorted(OPERATORS))
-def test_operator_takes_no_factors(operator: str) -> None:
-    info = OPERATORS[operator]([], [], [], [], [], torch.empty(0, 7, dtype=F64), False)
-    assert info.shape == (0, 4)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_operator_declares_what_it_does(dtype: torch.dtype) -> None:
-    case = Case(dtype, [(37, 4), (20, 3)])
-    torch.library.opcheck(torch.ops.stella_kernels.stella_adamw_.default, case.arguments())
-
 
 # --- the same trajectory as published ---
 
@@ -587,192 +451,6 @@ def test_a_factor_added_later_is_constrained() -> None:
     problem.train(model, optimizer, optimizer.step, 0, 5)
     exact = published(problem, torch_adamw(), 5, F64, hidden_size=HIDDEN)
     assert distance(values(model), values(exact)) < 1e-10
-
-
-# --- what is not finite ---
-
-
-@pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("steps", [0, 2])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_non_finite_gradient_changes_nothing(mixed: bool, steps: int, value: float) -> None:
-    """No parameter, no moment, no step count, also in the first step and where there are two operator calls."""
-    problem = Problem()
-    model = problem.copy()
-    if mixed:
-        model.first.float()
-    optimizer = StellaAdamW(model, **PLAIN)
-
-    def backward() -> None:
-        for p in model.parameters():
-            p.grad = torch.randn_like(p)
-
-    for _ in range(steps):
-        backward()
-        optimizer.step()
-    backward()
-    assert model.second.Vt.grad is not None
-    model.second.Vt.grad[2, 5] = value
-    before, state = values(model), state_of(optimizer)
-    with pytest.raises(NonFiniteError, match=r"the gradient of second\.Vt holds NaN") as caught:
-        optimizer.step()
-    assert caught.value.names == ("second.Vt",)
-    assert identical(values(model), before)
-    assert same_state(state_of(optimizer), state)
-    assert len(optimizer.state) == (6 if steps else 0)
-    backward()
-    optimizer.step()
-    assert all(float(s["step"]) == steps + 1 for s in optimizer.state.values())
-
-
-@pytest.mark.parametrize("mixed", [False, True])
-def test_a_non_finite_gradient_is_skipped_and_counted(mixed: bool) -> None:
-    problem = Problem()
-    model = problem.copy()
-    if mixed:
-        model.first.float()
-    optimizer = StellaAdamW(model, skip_nonfinite=True, **PLAIN)
-    twin = copy.deepcopy(model)
-    sound = StellaAdamW(twin, **PLAIN)
-    for index in range(4):
-        for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
-            p.grad = torch.randn_like(p)
-            q.grad = p.grad.clone()
-            if index in (0, 2) and name == "second.Vt":
-                p.grad[1, 1] = math.nan
-                q.grad = None
-        optimizer.step()
-        sound.step()
-        if index == 0:
-            assert model.second.Vt not in optimizer.state
-    # the operator may share its work among threads otherwise: round-off of two dtypes
-    assert distance(values(model), values(twin)) < (1e-5 if mixed else 1e-12)
-    assert optimizer.skipped == {"second.Vt": 2}
-    assert [float(s["step"]) for s in (optimizer.state[p] for p in model.parameters())] == [4, 4, 4, 4, 4, 2]
-
-
-@pytest.mark.parametrize("skip_nonfinite", [False, True])
-@pytest.mark.parametrize("where", ["value", "moment"])
-def test_a_non_finite_factor_is_named(where: str, skip_nonfinite: bool) -> None:
-    problem = Problem()
-    model, optimizer = fused(problem, 1, skip_nonfinite=skip_nonfinite)
-    with torch.no_grad():
-        (model.first.Vt if where == "value" else optimizer.state[model.first.Vt]["exp_avg"])[0, 0] = math.nan
-    before = model.first.Vt.detach().clone()
-    for p in model.parameters():
-        p.grad = torch.randn_like(p)
-    message = "the value of first.Vt holds NaN" if where == "value" else "it overflowed"
-    with pytest.raises(NonFiniteError, match=rf"not taken for first\.Vt, since {message}") as caught:
-        optimizer.step()
-    assert caught.value.names == ("first.Vt",)
-    assert torch.equal(model.first.Vt.nan_to_num(), before.nan_to_num())
-    assert not optimizer.skipped
-    assert float(optimizer.state[model.first.Vt]["step"]) == 1
-    assert float(optimizer.state[model.second.Vt]["step"]) == 2
-
-
-# --- refused ---
-
-
-def spoiled(model: Model) -> Model:
-    with torch.no_grad():
-        model.first.U.mul_(1.5)
-    return model
-
-
-REFUSED: dict[str, tuple[Callable[[Model], Any], type[Exception], str]] = {
-    "amsgrad": (lambda m: StellaAdamW(m, amsgrad=True), ValueError, r"amsgrad: found True.*attach"),
-    "amsgrad by group": (
-        lambda m: StellaAdamW([{"params": m.parameters(), "amsgrad": True}], factors=m, weight_decay=0.0).step(),
-        ValueError,
-        "amsgrad: found True",
-    ),
-    "retraction": (lambda m: StellaAdamW(m, retraction="qr"), ValueError, r"retraction: found 'qr'.*attach"),
-    "unknown retraction": (lambda m: StellaAdamW(m, retraction="x"), ValueError, "retraction: found 'x', wanted one"),
-    "no factors named": (lambda m: StellaAdamW(m.parameters()), ValueError, "factors: found None"),
-    "weight decay": (
-        lambda m: StellaAdamW(m.parameters(), factors=m),
-        ValueError,
-        r"group 0 has weight_decay=0\.01 and holds the constrained first\.U",
-    ),
-    "not held": (
-        lambda m: StellaAdamW([m.first.U, m.first.S], weight_decay=0.0, factors=m),
-        ValueError,
-        r"optimizer: it does not hold first\.Vt, second\.U, second\.Vt",
-    ),
-    "no adapters": (lambda m: StellaAdamW(nn.Linear(3, 3)), ValueError, "no trainable Stiefel factors"),
-    "hidden size": (lambda m: StellaAdamW(m.first), ValueError, "grad_scaling: True takes the model's hidden size"),
-    "not orthonormal": (lambda m: StellaAdamW(spoiled(m)), ValueError, r"first\.U: found columns with ‖QᵀQ − I‖"),
-    "negative rate": (lambda m: StellaAdamW(m, lr=-1.0), ValueError, "Invalid learning rate"),
-    "attach": (
-        lambda m: attach(StellaAdamW(m), m),
-        ValueError,
-        r"target: first\.U, first\.Vt, second\.U, second\.Vt already constrained by this StellaAdamW",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", sorted(REFUSED))
-def test_bad_arguments_are_refused(case: str) -> None:
-    call, error, message = REFUSED[case]
-    with pytest.raises(error, match=message):
-        call(Model())
-
-
-def test_options_set_later_are_refused_with_nothing_changed() -> None:
-    problem = Problem()
-    model, optimizer = fused(problem, 1)
-    problem.loss(model, 1).backward()
-    before, state = values(model), state_of(optimizer)
-    for key, value, message in [
-        ("weight_decay", 0.1, r"weight_decay=0\.1 and holds the constrained first\.U"),
-        ("amsgrad", True, "amsgrad: found True"),
-        ("capturable", True, "capturable: found True"),
-    ]:
-        kept = optimizer.param_groups[0][key]
-        optimizer.param_groups[0][key] = value
-        with pytest.raises(ValueError, match=message):
-            optimizer.step()
-        optimizer.param_groups[0][key] = kept
-    optimizer.param_groups[1]["foreach"], optimizer.param_groups[1]["lr"] = True, torch.tensor(0.1)
-    with pytest.raises(ValueError, match="foreach=True and lr as a tensor"):
-        optimizer.step()
-    assert identical(values(model), before)
-    assert same_state(state_of(optimizer), state)
-
-
-def test_a_state_with_amsgrad_is_refused() -> None:
-    problem = Problem()
-    model, optimizer = fused(problem, 1)
-    state = state_of(optimizer)
-    constrained = [f.parameter for f in stiefel_factors(model)]
-    other = AdamW([{"params": constrained}, {"params": [model.first.S, model.second.S]}], amsgrad=True)
-    with pytest.raises(ValueError, match="amsgrad: found True"):
-        optimizer.load_state_dict(other.state_dict())
-    assert same_state(state_of(optimizer), state)
-    assert not optimizer.param_groups[0]["amsgrad"]
-
-
-def test_sparse_gradients_are_refused() -> None:
-    table = nn.Parameter(orthonormal(8, 3))
-    optimizer = StellaAdamW([table], factors=[table], grad_scaling=False, **PLAIN)
-    nn.functional.embedding(torch.tensor([1, 2]), table, sparse=True).sum().backward()
-    with pytest.raises(RuntimeError, match=r"target\[0\]: found a gradient of layout torch\.sparse_coo"):
-        optimizer.step()
-    assert not optimizer.state
-
-
-def test_a_factor_twice_or_replaced_in_the_groups_is_refused() -> None:
-    problem = Problem()
-    model, optimizer = fused(problem, 1)
-    problem.loss(model, 1).backward()
-    constrained = optimizer.param_groups[0]["params"]
-    optimizer.param_groups[0]["params"] = [*constrained, constrained[0]]
-    with pytest.raises(ValueError, match="found 5 places that hold the 4 constrained factors"):
-        optimizer.step()
-    optimizer.param_groups[0]["params"] = constrained[1:]
-    with pytest.raises(ValueError, match=r"does not hold first\.U"):
-        optimizer.step()
 
 
 def test_other_factors_can_be_attached() -> None:
