@@ -3,146 +3,30 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import pytest
 import torch
+from adapter_layers import (
+    CASES,
+    DTYPES,
+    KERNELS,
+    SCALE,
+    Case,
+    Layer,
+    assert_close,
+    check,
+    make,
+    run_adapter,
+    run_linear,
+    seed_of_next_call,
+    tolerance,
+)
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from stella_kernels import autograd, stella_adapter, stella_linear
 from stella_kernels.reference import adapter, philox
-
-KERNELS = torch.ops.stella_kernels
-SCALE = 1.5
-
-
-class Case(NamedTuple):
-    lead: tuple[int, ...]
-    m: int
-    n: int
-    r: int
-    diagonal: bool = False
-    bias: bool = True
-
-
-CASES = [
-    Case((37,), 53, 29, 5),
-    Case((3, 7), 19, 41, 4, bias=False),
-    Case((2, 3, 5), 17, 17, 17, diagonal=True),
-    Case((11,), 9, 13, 1),
-    Case((11,), 9, 13, 1, diagonal=True, bias=False),
-    Case((), 23, 31, 3),
-    Case((0,), 7, 6, 2),
-    Case((2, 0, 3), 7, 6, 2, diagonal=True),
-]
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-
-
-class Layer(NamedTuple):
-    x: Tensor
-    W: Tensor
-    b: Tensor | None
-    U: Tensor
-    S: Tensor
-    Vt: Tensor
-
-
-def orthonormal(n: int, r: int, dtype: torch.dtype) -> Tensor:
-    return torch.linalg.qr(torch.randn(n, r, dtype=torch.float64))[0].to(dtype)
-
-
-def make(case: Case, dtype: torch.dtype, requires_grad: bool = True, base_grad: bool = False) -> Layer:
-    """U and V orthonormal, S with singular values in [1, 2]: the adapter is as large as the base, cond(S) <= 2."""
-    m, n, r = case.m, case.n, case.r
-    factor = torch.float64 if dtype == torch.float64 else torch.float32
-    values = torch.rand(r, dtype=torch.float64) + 1
-    S = values if case.diagonal else orthonormal(r, r, torch.float64) * values @ orthonormal(r, r, torch.float64)
-    layer = Layer(
-        torch.randn(*case.lead, n).to(dtype),
-        (torch.randn(m, n) / math.sqrt(n)).to(dtype),
-        torch.randn(m).to(dtype) if case.bias else None,
-        orthonormal(m, r, factor),
-        S.to(factor),
-        orthonormal(n, r, factor).mT.contiguous(),
-    )
-    for name, value in layer._asdict().items():
-        if value is not None:
-            value.requires_grad_(requires_grad if name in ("x", "U", "S", "Vt") else base_grad)
-    return layer
-
-
-def reference(layer: Layer, grad_y: Tensor, p: float = 0.0, seed: Tensor | None = None) -> tuple[Tensor, ...]:
-    """y and the gradients of x, W, b, U, S, Vt in float64."""
-    x, W, U, S, Vt = (t.detach().double() for t in (layer.x, layer.W, layer.U, layer.S, layer.Vt))
-    b = torch.zeros(W.shape[0], dtype=torch.float64) if layer.b is None else layer.b.detach().double()
-    rows, grad = x.reshape(-1, x.shape[-1]), grad_y.double().reshape(-1, W.shape[0])
-    delta, _ = adapter.adapter_forward(rows, U, S, Vt, SCALE, p, seed)
-    y = (rows @ W.mT + b + delta).reshape(grad_y.shape)
-    grads = adapter.adapter_backward(grad, rows, U, S, Vt, SCALE, p, seed)
-    grad_x = (grad @ W + grads.x).reshape(x.shape)
-    return y, grad_x, grad.mT @ rows, grad.sum(0), grads.U, grads.S, grads.Vt
-
-
-def tolerance(dtype: torch.dtype, length: int) -> float:
-    """Relative Frobenius error of three products in ``dtype``, each accumulated over at most ``length`` terms.
-
-    Stored values (three cast factors, A or Q, P or K, the base's result, the sum) are rounded seven times, u = eps/2
-    each, amplified by cond(S) <= 2. An accumulated sum adds at most ``length`` u of its arithmetic's dtype times
-    |a|ᵀ|b|, which exceeds the norm of a random product by at most sqrt(length); three products.
-    """
-    arithmetic = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-    accumulated = 3 * length * math.sqrt(length) * torch.finfo(arithmetic).eps / 2
-    return 2 * 7 * torch.finfo(dtype).eps / 2 + accumulated
-
-
-def assert_close(name: str, found: Tensor, wanted: Tensor, bound: float, size: float | None = None) -> None:
-    assert found.shape == wanted.shape, name
-    error = float((found.detach().double() - wanted.detach()).norm())
-    size = float(wanted.detach().norm()) if size is None else size
-    assert error <= bound * size, f"{name}: error {error:.2e} of {size:.2e} is above {bound:.2e}"
-
-
-def check(
-    run: Callable[[Layer], Tensor], layer: Layer, p: float = 0.0, seed: Tensor | None = None, bound: float | None = None
-) -> None:
-    """``run``'s result and every gradient that is asked for, against the reference."""
-    y = run(layer)
-    grad_y = torch.randn_like(y)
-    asked = {name: t for name, t in layer._asdict().items() if t is not None and t.requires_grad}
-    grads = dict(zip(asked, torch.autograd.grad(y, list(asked.values()), grad_y), strict=True))
-    wanted = reference(layer, grad_y, p, seed)
-    if bound is None:
-        bound = tolerance(y.dtype, max(*layer.W.shape, y.numel() // y.shape[-1]))
-    assert_close("y", y, wanted[0], bound)
-    # ∂S = Qᵀ A is r x r sums over T, which may cancel: its error is relative to ‖Q‖ ‖A‖
-    Q = SCALE * grad_y.double().reshape(-1, layer.U.shape[0]) @ layer.U.detach().double()
-    rows = adapter.dropped(layer.x.detach().double().reshape(-1, layer.x.shape[-1]), p, seed)
-    size_S = float(Q.norm() * (rows @ layer.Vt.detach().double().mT).norm())
-    for name, value in zip(Layer._fields, wanted[1:], strict=True):
-        if name in asked:
-            assert grads[name].dtype == asked[name].dtype, name
-            assert_close(name, grads[name], value, bound, size_S if name == "S" else None)
-
-
-def run_linear(layer: Layer) -> Tensor:
-    return stella_linear(*layer, SCALE)
-
-
-def run_adapter(layer: Layer) -> Tensor:
-    x, W, b, U, S, Vt = layer
-    return stella_adapter(torch.nn.functional.linear(x, W, b), x, U, S, Vt, SCALE)
-
-
-def seed_of_next_call() -> Tensor:
-    """The seed that the next dropout will draw, leaving the generator as it was."""
-    state = torch.get_rng_state()
-    seed = torch.randint(2**63 - 1, (), dtype=torch.int64)
-    torch.set_rng_state(state)
-    return seed
-
 
 # The reference itself
 
@@ -187,80 +71,6 @@ def test_reference_gradcheck(diagonal: bool, p: float) -> None:
 def test_reference_dropout_without_a_seed_is_an_error() -> None:
     with pytest.raises(ValueError, match="seed"):
         adapter.dropped(torch.randn(2, 2), 0.5, None)
-
-
-# Philox
-
-
-@pytest.mark.parametrize(
-    ("counter", "key", "words"),
-    [  # Random123's known answers for philox4x32-10
-        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-        (
-            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-            (0xA4093822, 0x299F31D0),
-            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-        ),
-    ],
-)
-def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, ...], words: tuple[int, ...]) -> None:
-    tensors = [torch.tensor([c]) for c in counter]
-    found = philox.philox_4x32((tensors[0], tensors[1], tensors[2], tensors[3]), tuple(torch.tensor(k) for k in key))
-    assert tuple(int(w) for w in found) == words
-
-
-def test_mask_follows_the_documented_layout() -> None:
-    seed = torch.tensor(-(2**62) + 12345)  # a negative seed uses all 64 bits
-    shape, p = (3, 4 * philox._CHUNK // 3 + 5), 0.3  # crosses a chunk, and ends inside a block
-    mask = philox.dropout_mask(shape, p, seed).flatten()
-    key = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
-    for i in (0, 1, 2, 3, 4, 4 * philox._CHUNK - 1, 4 * philox._CHUNK, mask.numel() - 1):
-        zero = torch.zeros((), dtype=torch.int64)
-        words = philox.philox_4x32((torch.tensor(i // 4), zero, zero, zero), key)
-        assert bool(mask[i]) == (int(words[i % 4]) >= round(p * 2**32)), i
-
-
-def test_block_counter_uses_its_high_half() -> None:
-    seed = torch.tensor(3)
-    start = 2**32 - 1
-    first, second = philox.random_words(start, 2, seed)
-    zero, one = torch.tensor(0), torch.tensor(1)
-    key = (seed, zero)
-    assert first.tolist() == [int(w) for w in philox.philox_4x32((torch.tensor(start), zero, zero, zero), key)]
-    assert second.tolist() == [int(w) for w in philox.philox_4x32((zero, one, zero, zero), key)]
-
-
-@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
-def test_keep_rate(p: float) -> None:
-    count = 200_000
-    seed = torch.randint(2**63 - 1, ())
-    kept = int(philox.dropout_mask((count,), p, seed).sum())
-    # binomial: standard deviation sqrt(count p (1 - p)); beyond six of them once in 5e8 seeds
-    assert abs(kept - count * (1 - p)) <= 6 * math.sqrt(count * p * (1 - p))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_dropout_scales_what_it_keeps_and_zeroes_the_rest(dtype: torch.dtype) -> None:
-    x, seed, p = torch.randn(7, 13).to(dtype), torch.tensor(5), 0.25
-    x[3] = torch.nan  # a dropped NaN is gone
-    found = KERNELS.philox_dropout(x, p, seed)
-    kept = philox.dropout_mask(x.shape, p, seed)
-    assert found.dtype == dtype
-    assert torch.equal(found[~kept], torch.zeros_like(found[~kept]))
-    wide = x.double() / (1 - p)
-    # the reciprocal and the product round once each, in float32 at least, and the store once
-    bound = 3 * torch.finfo(dtype).eps / 2 * wide.abs()
-    clean = kept & ~x.isnan()
-    assert bool(((found.double() - wide).abs() <= bound)[clean].all())
-    assert bool(found[kept & x.isnan()].isnan().all())
-
-
-def test_dropout_of_zero_and_one() -> None:
-    x, seed = torch.randn(5, 3), torch.tensor(1)
-    assert torch.equal(KERNELS.philox_dropout(x, 0.0, seed), x)
-    assert torch.equal(KERNELS.philox_dropout(x, 1.0, seed), torch.zeros_like(x))
-    assert KERNELS.philox_dropout(x[:0], 0.5, seed).shape == (0, 3)
 
 
 # Forward and backward
@@ -623,92 +433,3 @@ def test_compiles_once_for_any_number_of_rows() -> None:
         x = torch.randn(2, rows, 11)
         assert_close("y", run(x), stella_linear(x, *layer[1:], SCALE).double(), tolerance(torch.float32, 11))
     assert graphs == 1
-
-
-@pytest.mark.parametrize("run", [run_linear, run_adapter])
-def test_second_derivative_is_an_error(run: Callable[[Layer], Tensor]) -> None:
-    layer = make(Case((4,), 5, 6, 2), torch.float64)
-    (gradient,) = torch.autograd.grad(run(layer).square().sum(), layer.x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiable once"):
-        gradient.sum().backward()
-    # also where the incoming gradient is a constant, and the first derivative depends on U and V alone
-    (gradient,) = torch.autograd.grad(run(layer).sum(), layer.x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiable once"):
-        (gradient.sum() + layer.x.sum()).backward()
-
-
-@pytest.mark.parametrize("run", [run_linear, run_adapter])
-def test_transforms_of_functions_are_refused(run: Callable[[Layer], Tensor]) -> None:
-    layer = make(Case((4,), 5, 6, 2), torch.float32, requires_grad=False)
-    name = "stella_linear" if run is run_linear else "stella_adapter"
-
-    def of_x(x: Tensor) -> Tensor:
-        return run(layer._replace(x=x))
-
-    with pytest.raises(NotImplementedError, match=f"{name}: called under a transform of torch.func"):
-        torch.func.vmap(of_x)(layer.x)
-    with pytest.raises(NotImplementedError, match=f"{name}: called under a transform of torch.func"):
-        torch.func.grad(lambda x: of_x(x).sum())(layer.x)
-    tangent = torch.ones_like(layer.x)
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode AD"):
-        of_x(torch.autograd.forward_ad.make_dual(layer.x, tangent))
-
-
-# Bad input
-
-
-def replace_with(**changes: object) -> dict[str, object]:
-    layer = make(Case((4,), 5, 6, 2), torch.float32)
-    return {**layer._asdict(), "scale": 1.0, "dropout_p": 0.0, **changes}
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"x": torch.zeros(4, 7)}, ValueError, r"x: found shape \(4, 7\), wanted \(\.\.\., 6\)"),
-        ({"x": torch.tensor(1.0)}, ValueError, "x: found shape"),
-        ({"x": torch.zeros(4, 6, dtype=torch.int64)}, TypeError, "x: found dtype torch.int64"),
-        ({"x": [1.0]}, TypeError, "x: found list"),
-        ({"x": torch.zeros(4, 6).to_sparse()}, TypeError, r"x: found layout torch\.sparse_coo.*x\.to_dense"),
-        ({"x": torch.zeros(4, 6, dtype=torch.bfloat16)}, TypeError, "W: found dtype torch.float32 with x in torch.bfl"),
-        ({"W": torch.zeros(6, 5)}, ValueError, r"W: found shape \(6, 5\), wanted \(5, 6\)"),
-        ({"b": torch.zeros(6)}, ValueError, r"b: found shape \(6,\), wanted \(5,\)"),
-        ({"b": torch.zeros(5, dtype=torch.float64)}, TypeError, "b: found dtype torch.float64"),
-        ({"U": torch.zeros(5)}, ValueError, "U: found shape"),
-        ({"U": torch.zeros(5, 2, dtype=torch.int32)}, TypeError, "U: found dtype torch.int32"),
-        ({"Vt": torch.zeros(6, 2)}, ValueError, r"Vt: found shape \(6, 2\).*V\.mT"),
-        ({"U": torch.zeros(5, 7), "Vt": torch.zeros(7, 6), "S": torch.zeros(7)}, ValueError, "rank r = 7 above"),
-        ({"S": torch.zeros(3, 3)}, ValueError, r"S: found shape \(3, 3\), wanted \(2, 2\)"),
-        ({"S": torch.zeros(2, 2, device="meta")}, ValueError, "S: found on meta, wanted cpu"),
-        ({"W": torch.zeros(5, 6, device="meta")}, ValueError, "W: found on meta"),
-        ({"dropout_p": 1.5}, ValueError, r"dropout_p: found 1.5, wanted a probability"),
-        ({"dropout_p": -0.1}, ValueError, "dropout_p"),
-        ({"dropout_p": float("nan")}, ValueError, "dropout_p"),
-        ({"dropout_p": "half"}, TypeError, "dropout_p: found str"),
-        ({"scale": None}, TypeError, "scale: found NoneType"),
-    ],
-)
-def test_bad_input_to_stella_linear(changes: dict[str, object], error: type[Exception], message: str) -> None:
-    arguments = replace_with(**changes)
-    state = torch.get_rng_state()
-    with pytest.raises(error, match=message):
-        stella_linear(**arguments)  # type: ignore[arg-type]
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize(
-    ("y", "error", "message"),
-    [
-        (torch.zeros(3, 5), ValueError, r"y: found shape \(3, 5\), wanted \(4, 5\)"),
-        (torch.zeros(4, 5, device="meta"), ValueError, "y: found on meta"),
-        (torch.zeros(4, 5, dtype=torch.int8), TypeError, "y: found dtype torch.int8"),
-        (torch.zeros(4, 5, requires_grad=True), ValueError, "y: found a leaf"),
-    ],
-)
-def test_bad_base_output(y: Tensor, error: type[Exception], message: str) -> None:
-    layer = make(Case((4,), 5, 6, 2), torch.float32)
-    before = y.detach().clone()
-    with pytest.raises(error, match=message):
-        stella_adapter(y, layer.x, layer.U, layer.S, layer.Vt, SCALE)
-    if y.device.type == "cpu":
-        assert torch.equal(y.detach(), before)
