@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from bench import polar, retract, step
+from bench.roofline import FactorsRow
 from bench.timing import Machine
 
 
@@ -49,29 +50,20 @@ def save_step_plot(
 ) -> None:
     """Write a PNG: the roofline with every rank on it, and the price of a step in AdamW steps against r."""
     figure, (roof, price) = plt.subplots(1, 2, figsize=(13, 5), constrained_layout=True)
-    series = [
-        ("StellaAdamW", "o", [(row.r, row.seconds("stella_adamw"), step.step_flops(row.r), row) for row in steps], 28),
-        (
-            "project_retract_",
-            "s",
-            [(row.r, row.seconds("native"), retract.retract_flops(row.r), row) for row in retractions],
-            12,
-        ),
+    series: list[tuple[str, str, Sequence[FactorsRow]]] = [
+        ("StellaAdamW", "o", steps),
+        ("project_retract_", "s", retractions),
     ]
     intensities = [0.5, 200.0]
     turn = machine.flops / machine.bandwidth
     xs = sorted([*intensities, turn])
     roof.plot(xs, [min(machine.flops, machine.bandwidth * x) / 1e9 for x in xs], color="black", label="roofline")
-    for label, marker, points, bytes_moved in series:
-        roof.plot(
-            [flops / bytes_moved for _, _, flops, _ in points],
-            [row.elements * flops / seconds / 1e9 for _, seconds, flops, row in points],
-            marker=marker,
-            label=label,
-        )
-        for r, seconds, flops, row in points:
-            at = (flops / bytes_moved, row.elements * flops / seconds / 1e9)
-            roof.annotate(f"r={r}", at, textcoords="offset points", xytext=(4, -11), fontsize=8)
+    for label, marker, rows in series:
+        intensity = [row.flops_per_element / row.bytes_per_element for row in rows]
+        reached = [row.elements * row.flops_per_element / row.seconds(row.ours) / 1e9 for row in rows]
+        roof.plot(intensity, reached, marker=marker, label=label)
+        for row, *at in zip(rows, intensity, reached, strict=True):
+            roof.annotate(f"r={row.r}", at, textcoords="offset points", xytext=(4, -11), fontsize=8)
     roof.set_xscale("log")
     roof.set_yscale("log")
     roof.set_xlabel("flops of the geometry for each byte that must move")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -14,8 +13,9 @@ from bench import compositions
 from bench.device import CPU
 from bench.model import llama_factors
 from bench.polar import STEP_NORM
-from bench.shapes import LLAMA_3_8B, layers_on
-from bench.timing import Machine, Verdict, interleaved_samples, machine_of, machine_probes, milliseconds, paired_ratio
+from bench.roofline import BOUNDS_HEADER, FactorsRow, bounds_columns
+from bench.shapes import layers_on
+from bench.timing import Verdict, interleaved_samples, machine_of, machine_probes, milliseconds, paired_ratio
 
 LAYERS = {4: 16, 8: 16, 16: 8, 32: 4, 64: 2, 128: 1}  # 42 MB of factors
 DIVISOR = 1.3
@@ -29,34 +29,16 @@ FORMULA = (
 )
 
 
-def retract_flops(r: int) -> float:
-    """Of project-and-retract, for each element: see ``FORMULA``; the Gram's diagonal makes the 2."""
-    return 8 * r + 2
-
-
 @dataclass(frozen=True)
-class Row:
-    """One rank: seconds of each candidate over the factors of ``layers`` layers."""
+class Row(FactorsRow):
+    """One rank of project-and-retract."""
 
-    r: int
-    layers: int
-    samples: dict[str, list[float]]
-    machine: Machine  # in the same rounds
+    ours = "native"
+    bytes_per_element = RETRACT_BYTES
 
     @property
-    def elements(self) -> int:
-        return self.layers * LLAMA_3_8B.rows * self.r
-
-    def seconds(self, name: str) -> float:
-        return median(self.samples[name])
-
-    @property
-    def memory_seconds(self) -> float:
-        return self.elements * RETRACT_BYTES / self.machine.bandwidth
-
-    @property
-    def arithmetic_seconds(self) -> float:
-        return self.elements * retract_flops(self.r) / self.machine.flops
+    def flops_per_element(self) -> float:
+        return 8 * self.r + 2  # see ``FORMULA``; the Gram's diagonal makes the 2
 
     @property
     def best_composition(self) -> str:
@@ -66,29 +48,12 @@ class Row:
     def over_best(self) -> float:
         return paired_ratio(self.samples, self.best_composition, "native")
 
-    @property
-    def of_floor(self) -> float:
-        return (self.memory_seconds + self.arithmetic_seconds) / self.seconds("native")
-
-    @property
-    def of_roofline(self) -> float:
-        return max(self.memory_seconds, self.arithmetic_seconds) / self.seconds("native")
-
     def as_dict(self) -> dict[str, object]:
         """The row as plain JSON types."""
         return {
-            "r": self.r,
-            "layers": self.layers,
-            "elements": self.elements,
-            "seconds": {name: self.seconds(name) for name in self.samples},
+            **super().as_dict(),
             "best_composition": self.best_composition,
             "ratio_to_best_composition": self.over_best,
-            "peak_flops": self.machine.flops,
-            "copy_bandwidth": self.machine.bandwidth,
-            "floor_memory_seconds": self.memory_seconds,
-            "floor_arithmetic_seconds": self.arithmetic_seconds,
-            "fraction_of_floor": self.of_floor,
-            "fraction_of_roofline": self.of_roofline,
         }
 
 
@@ -136,7 +101,7 @@ _COLUMNS = {"svd": "svd", "gram_eigh": "eigh", "gram_newton_schulz": "N-S", "one
 HEADER = (
     f"{'r':>4} {'layers':>6} | {'native':>8} "
     + " ".join(f"{title:>{max(8, len(title))}}" for title in _COLUMNS.values())
-    + f" ms | {'×best torch':>11} | {'of floor':>8} {'of roofline':>11} {'peak':>5} {'copy':>5}"
+    + f" ms | {'×best torch':>11} | {BOUNDS_HEADER}"
 )
 
 
@@ -144,10 +109,7 @@ def table_row(row: Row) -> str:
     """One line of the table on the terminal."""
     times = " ".join(milliseconds(row.seconds(name), max(8, len(title)), 1) for name, title in _COLUMNS.items())
     native = milliseconds(row.seconds("native"), 8, 2)
-    return (
-        f"{row.r:4d} {row.layers:6d} | {native} {times}    | {row.over_best:11.2f} | "
-        f"{row.of_floor:8.0%} {row.of_roofline:11.0%} {row.machine.flops / 1e9:5.0f} {row.machine.bandwidth / 1e9:5.0f}"
-    )
+    return f"{row.r:4d} {row.layers:6d} | {native} {times}    | {row.over_best:11.2f} | {bounds_columns(row)}"
 
 
 def verdicts(rows: Sequence[Row]) -> Iterator[Verdict]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,9 +9,10 @@ import torch
 
 from bench.device import CPU
 from bench.model import OPTIMIZERS, copies, llama_factors
+from bench.roofline import BOUNDS_HEADER, FactorsRow, bounds_columns
 from bench.shapes import LLAMA_3_8B, layers_on
 from bench.step_memory import measure_extra_bytes
-from bench.timing import Machine, Verdict, interleaved_samples, machine_of, machine_probes, milliseconds, paired_ratio
+from bench.timing import Verdict, interleaved_samples, machine_of, machine_probes, milliseconds, paired_ratio
 
 # 21 million elements (10 at r = 4): 84 MB of each of factors, gradients and both moments, far out of cache.
 LAYERS = {4: 32, 8: 32, 16: 16, 32: 8, 64: 4, 128: 2}
@@ -32,51 +32,26 @@ FORMULA = (
 )
 
 
-def step_flops(r: int) -> float:
-    """Of the geometry, for each element: see ``FORMULA``; the Gram's diagonal makes the 2."""
-    return 12 * r + 2
-
-
 @dataclass(frozen=True)
-class Row:
-    """One rank: seconds of each optimizer's steps; extra bytes, AdamW's own too, over ``memory_layers`` layers."""
+class Row(FactorsRow):
+    """One rank of the optimizers' steps; extra bytes, AdamW's own too, over ``memory_layers`` layers."""
 
-    r: int
-    layers: int
-    samples: dict[str, list[float]]
-    machine: Machine  # in the same rounds
+    ours = "stella_adamw"
+    bytes_per_element = ADAMW_BYTES
+
     memory_layers: int
     extra_bytes: dict[str, int]  # empty where it was not measured
 
     @property
-    def elements(self) -> int:
-        return self.layers * LLAMA_3_8B.rows * self.r
-
-    def seconds(self, name: str) -> float:
-        return statistics.median(self.samples[name])
+    def flops_per_element(self) -> float:
+        return 12 * self.r + 2  # see ``FORMULA``; the Gram's diagonal makes the 2
 
     def over_adamw(self, name: str) -> float:
         return paired_ratio(self.samples, name, "adamw")
 
     @property
-    def memory_seconds(self) -> float:
-        return self.elements * ADAMW_BYTES / self.machine.bandwidth
-
-    @property
-    def arithmetic_seconds(self) -> float:
-        return self.elements * step_flops(self.r) / self.machine.flops
-
-    @property
     def under_published(self) -> float:
         return paired_ratio(self.samples, "published", "stella_adamw")
-
-    @property
-    def of_floor(self) -> float:
-        return (self.memory_seconds + self.arithmetic_seconds) / self.seconds("stella_adamw")
-
-    @property
-    def of_roofline(self) -> float:
-        return max(self.memory_seconds, self.arithmetic_seconds) / self.seconds("stella_adamw")
 
     def extra_memory(self, name: str) -> float:
         """Bytes beyond torch's AdamW, relative to the factors of the same layers; NaN where not measured."""
@@ -86,19 +61,10 @@ class Row:
     def as_dict(self) -> dict[str, object]:
         """The row as plain JSON types."""
         return {
-            "r": self.r,
-            "layers": self.layers,
-            "elements": self.elements,
-            "seconds": {name: self.seconds(name) for name in self.samples},
+            **super().as_dict(),
             "samples": self.samples,
             "ratio_to_adamw": {name: self.over_adamw(name) for name in self.samples},
             "published_over_stella_adamw": self.under_published,
-            "peak_flops": self.machine.flops,
-            "copy_bandwidth": self.machine.bandwidth,
-            "floor_memory_seconds": self.memory_seconds,
-            "floor_arithmetic_seconds": self.arithmetic_seconds,
-            "fraction_of_floor": self.of_floor,
-            "fraction_of_roofline": self.of_roofline,
             "memory_layers": self.memory_layers,
             "extra_bytes": self.extra_bytes,
         }
@@ -132,7 +98,7 @@ def measure(r: int, seconds: float, with_memory: bool, device: torch.device = CP
 
 HEADER = (
     f"{'r':>4} {'layers':>6} | {'AdamW fused':>12} {'StellaAdamW':>18} {'attach':>18} {'published hooks':>20} | "
-    f"{'publ./Stella':>12} | {'of floor':>8} {'of roofline':>11} {'peak':>5} {'copy':>5} | "
+    f"{'publ./Stella':>12} | {BOUNDS_HEADER} | "
     "memory beyond AdamW's: Stella, attach, published"
 )
 
@@ -149,9 +115,7 @@ def table_row(row: Row) -> str:
         memory = f"{parts} of the factors of {row.memory_layers} layers"
     return (
         f"{row.r:4d} {row.layers:6d} | {milliseconds(row.seconds('adamw'), 9, 1)} ms {times} | "
-        f"{row.under_published:12.1f} | "
-        f"{row.of_floor:8.0%} {row.of_roofline:11.0%} "
-        f"{row.machine.flops / 1e9:5.0f} {row.machine.bandwidth / 1e9:5.0f} | {memory}"
+        f"{row.under_published:12.1f} | {bounds_columns(row)} | {memory}"
     )
 
 

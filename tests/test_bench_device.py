@@ -15,7 +15,20 @@ from typing import Any
 import pytest
 import torch
 
-from bench import adapter, adapter_model, compositions, device, model, polar, retract, shapes, step, step_memory, timing
+from bench import (
+    adapter,
+    adapter_model,
+    compositions,
+    device,
+    model,
+    polar,
+    retract,
+    roofline,
+    shapes,
+    step,
+    step_memory,
+    timing,
+)
 from bench.__main__ import _judge
 from bench.published import svd_driver
 from bench.shapes import Case, ModelShapes
@@ -33,7 +46,7 @@ PROBES = {timing.PRODUCT, timing.COPY}
 @pytest.fixture(params=["cpu", "cuda"])
 def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """A device, and everything small: a model's shapes, the probes."""
-    for module in (model, retract, step, step_memory):
+    for module in (model, roofline, step, step_memory):
         monkeypatch.setattr(module, "LLAMA_3_8B", SMALL)
     monkeypatch.setattr(shapes, "MAX_LAYERS_RANK", 8)
     for module in (retract, step):
