@@ -95,17 +95,28 @@ void cross_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stri
     for (int v = 0; v < vectors; ++v) store(sums + i * order + v * Tile::lanes, accumulator[i][v]);
 }
 
+// sums[i, j...] += a_i . b_j... for columns i of a in [first, last) and a tile of columns of b from j on.
+template <typename Tile>
+STELLA_INLINE void cross_column(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows,
+                                int64_t first, int64_t last, int64_t j, float* sums, int64_t order) {
+  int64_t i = first;
+  if constexpr (Tile::vectors == 1)
+    for (; i + 8 <= last; i += 8)
+      cross_tile<8, Tile>(a + i, a_stride, b + j, b_stride, rows, sums + i * order + j, order);
+  for (; i < last; i += 4) cross_tile<4, Tile>(a + i, a_stride, b + j, b_stride, rows, sums + i * order + j, order);
+}
+
 // sums (r x r, `order` apart) += a^T b over some rows; with `upper`, at least its upper triangle.
 void cross_of_rows(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows, int64_t r,
                    bool upper, float* sums, int64_t order) {
   for_row_tiles(r, [&](int64_t j, auto tile) {
     using Tile = decltype(tile);
-    const int64_t last = upper ? j + Tile::width : r;
-    int64_t i = 0;
-    if constexpr (Tile::vectors == 1)
-      for (; i < last && i + 8 <= r; i += 8)
-        cross_tile<8, Tile>(a + i, a_stride, b + j, b_stride, rows, sums + i * order + j, order);
-    for (; i < last; i += 4) cross_tile<4, Tile>(a + i, a_stride, b + j, b_stride, rows, sums + i * order + j, order);
+    const int64_t last = upper ? j + Tile::lanes : r;
+    cross_column<Tile>(a, a_stride, b, b_stride, rows, 0, last, j, sums, order);
+    if constexpr (Tile::vectors == 2)  // left of the diagonal lies the first of the two vectors
+      if (upper)
+        cross_column<RowTile<Tile::lanes, 1>>(a, a_stride, b, b_stride, rows, last, last + Tile::lanes, last, sums,
+                                              order);
   });
 }
 
