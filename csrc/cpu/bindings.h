@@ -59,6 +59,6 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
-constexpr int64_t kStreamedBytes = 4 << 20;  // results larger than this are written past the cache
+constexpr int64_t kStreamedBytes = 16 << 20;  // results larger than this are written past the cache
 
 }  // namespace stella::bindings
