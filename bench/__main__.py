@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from bench.device import DeviceUnavailableError, measures_memory, named, platform_of, served
+from bench.device import DeviceUnavailableError, keep_memory, measures_memory, named, platform_of, served
 from bench.shapes import LLAMA_3_8B, MODELS, RANKS, cases
 from bench.timing import Machine, Verdict, measure_machine
 
@@ -150,6 +150,7 @@ def main() -> int:
         backends = served(device)
     except DeviceUnavailableError as error:
         parser.error(str(error))
+    keep_memory()
     machine = measure_machine(device)
     print(
         f"torch {torch.__version__}, {machine} (measured here); {backends}. "

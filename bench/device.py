@@ -6,6 +6,7 @@ import ctypes
 import gc
 import platform
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -53,6 +54,19 @@ def named(text: str) -> torch.device:
     torch.cuda.set_device(index)
     torch.set_float32_matmul_precision("highest")  # whatever the environment asks for: float32 is compared to float32
     return torch.device("cuda", index)
+
+
+def keep_memory() -> bool:
+    """Have the C library keep the memory that it has once been given; returns whether it can be told so (glibc can).
+
+    Else a result of tens of megabytes is given back when it is freed, and whether the next one is made of fresh pages,
+    which take longer to come by than the kernels take, depends on what was allocated before it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return False
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    return bool(mallopt(trim_threshold, 2**31 - 1)) and bool(mallopt(mmap_max, 0))
 
 
 def served(device: torch.device) -> str:

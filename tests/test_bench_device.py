@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -458,3 +459,18 @@ def test_tables_that_need_no_model_import_no_model_library() -> None:
     code = "import sys, bench.__main__, bench.polar, bench.step, bench.retract, bench.plot; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"peft", "transformers", "torchao"} & set(done.stdout.split())
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library takes no such wish")
+def test_memory_once_given_is_kept() -> None:
+    code = """
+import torch
+from bench.device import _resident, keep_memory
+assert keep_memory()
+before = _resident("VmRSS")
+for _ in range(2):
+    torch.ones(16 * 2**20)
+    assert _resident("VmRSS") - before > 60 * 2**20
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

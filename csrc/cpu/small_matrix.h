@@ -18,14 +18,23 @@ STELLA_INLINE int64_t square_size(int64_t r) {
 STELLA_INLINE double absolute(double x) { return x < 0 ? -x : x; }
 STELLA_INLINE bool is_finite(double x) { return x - x == 0.0; }
 
-template <typename T>
-T dot(const T* a, const T* b, int64_t n) {
-  using V = Vector<T>;
+// Adds the sum of a_i b_i over whole vectors V to `total`; returns how many values those are.
+template <typename V, typename T>
+STELLA_INLINE int64_t add_products(const T* a, const T* b, int64_t n, T* total) {
+  constexpr int lanes = sizeof(V) / sizeof(T);
+  if (n < lanes) return 0;  // nothing to reduce: in short rows that would be most of the work
   V sum = {};
   int64_t i = 0;
-  for (; i + kLanes<T> <= n; i += kLanes<T>) sum += load<V>(a + i) * load<V>(b + i);
+  for (; i + lanes <= n; i += lanes) sum += load<V>(a + i) * load<V>(b + i);
+  for (int lane = 0; lane < lanes; ++lane) *total += sum[lane];
+  return i;
+}
+
+template <typename T>
+T dot(const T* a, const T* b, int64_t n) {
   T total = 0;
-  for (int lane = 0; lane < kLanes<T>; ++lane) total += sum[lane];
+  int64_t i = add_products<Vector<T>>(a, b, n, &total);
+  i += add_products<Four<T>>(a + i, b + i, n - i, &total);
   for (; i < n; ++i) total += a[i] * b[i];
   return total;
 }
@@ -46,6 +55,10 @@ double frobenius_norm(const T* a, int64_t r, T shift = 0) {
   double sum = 0.0;
   for (int64_t i = 0; i < r; ++i) {
     const T* row = a + i * leading;
+    if (shift == T(0)) {
+      sum += static_cast<double>(dot(row, row, r));
+      continue;
+    }
     const T off = row[i] - shift;
     sum += static_cast<double>(dot(row, row, i) + dot(row + i + 1, row + i + 1, r - i - 1) + off * off);
   }
