@@ -68,14 +68,17 @@ std::tuple<Tensor, Tensor> polar(const Tensor& M, const std::string& method) {
   const int64_t dims = M.dim();
   STD_TORCH_CHECK(dims >= 2 && M.size(dims - 2) >= M.size(dims - 1), "M: wanted (..., n, r) with n >= r; pass M.mT.");
   const stella::Storage storage = storage_of(M, "M");
-  std::vector<int64_t> shape(dims), index(dims > 2 ? dims - 2 : 0, 0);
+  // Read once: each is a call into torch.
+  std::vector<int64_t> shape(dims), strides(dims), index(dims - 2, 0);
   int64_t batch = 1;
   for (int64_t d = 0; d < dims; ++d) {
     shape[d] = M.size(d);
+    strides[d] = M.stride(d);
     if (d < dims - 2) batch *= shape[d];
   }
   Tensor Q = torch::stable::new_empty(M, shape);
-  const int64_t n = shape[dims - 2], r = shape[dims - 1];
+  const int64_t n = shape[dims - 2], r = shape[dims - 1], row_stride = strides[dims - 2],
+                col_stride = strides[dims - 1];
   const int64_t bytes = static_cast<int64_t>(M.element_size());
   char* in = static_cast<char*>(data_of(M));
   char* out = static_cast<char*>(data_of(Q));
@@ -85,16 +88,17 @@ std::tuple<Tensor, Tensor> polar(const Tensor& M, const std::string& method) {
   jobs.reserve(batch);
   for (int64_t b = 0; b < batch; ++b) {
     int64_t offset = 0;
-    for (int64_t d = 0; d < dims - 2; ++d) offset += index[d] * M.stride(d);
-    jobs.push_back({{in + offset * bytes, n, r, M.stride(dims - 2), M.stride(dims - 1), storage},
+    for (int64_t d = 0; d < dims - 2; ++d) offset += index[d] * strides[d];
+    jobs.push_back({{in + offset * bytes, n, r, row_stride, col_stride, storage},
                     {out + b * n * r * bytes, n, r, r, 1, storage},
                     nullptr,
                     stream});
     for (int64_t d = dims - 3; d >= 0 && ++index[d] == shape[d]; --d) index[d] = 0;
   }
   // Threads take the matrices in turn, so the one after next is this thread's.
-  if (M.stride(dims - 1) == 1 && M.stride(dims - 2) == r)
-    for (int64_t b = 0; b + pool().threads < batch; ++b) jobs[b].upcoming = jobs[b + pool().threads].in.data;
+  const int64_t threads = pool().threads;
+  if (col_stride == 1 && row_stride == r)
+    for (int64_t b = 0; b + threads < batch; ++b) jobs[b].upcoming = jobs[b + threads].in.data;
   const std::vector<stella::Outcome> outcomes = stella::polar(pool(), jobs, method_of(method));
   for (size_t b = 0; b < outcomes.size(); ++b) {
     STD_TORCH_CHECK(outcomes[b].status != stella::Status::non_finite, "polar: matrix ", b,

@@ -139,8 +139,7 @@ bool polar_newton_schulz(const PolarJob& job, T scale, double limit, Outcome* ou
   PolarPasses<T> passes(job, scale, 0, n);
   passes.gram(gram);
   if (!gram_in_range<T>(gram, r)) return false;
-  Buffer small;
-  double* coefficients = small.reserve<double>(r * r);
+  double* coefficients = scratch().solved.reserve<double>(r * r);
   if (!polar_coefficients<T>(gram, r, solve_tolerance<T>(), limit, coefficients, outcome)) return false;
   if (is_finite(outcome->residual)) {
     passes.update(coefficients, nullptr);

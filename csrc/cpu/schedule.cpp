@@ -53,6 +53,7 @@ Division divide(const Pool& pool, const std::vector<MatrixView>& matrices, bool 
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return work[a] > work[b]; });
   Division division;
+  division.whole.reserve(order.size());
   for (const int64_t i : order) {
     const MatrixView& m = matrices[i];
     const bool large = pool.threads > 1 && work[i] * 2.0 * static_cast<double>(pool.threads) > total;
@@ -92,6 +93,7 @@ std::vector<Outcome> polar(const Pool& pool, const std::vector<PolarJob>& jobs, 
   const IsaKernels& k = kernels();
   std::vector<Outcome> outcomes(jobs.size());
   std::vector<MatrixView> matrices;
+  matrices.reserve(jobs.size());
   for (const PolarJob& job : jobs) matrices.push_back(job.in);
   Division division = divide(pool, matrices, false);
   for (const int64_t i : division.shared) {
@@ -112,7 +114,9 @@ std::vector<Outcome> polar(const Pool& pool, const std::vector<PolarJob>& jobs, 
   }
   run_queue(pool, static_cast<int64_t>(division.whole.size()), [&](int64_t t) {
     const int64_t i = division.whole[t];
-    k.polar(jobs[i], method, &outcomes[i]);
+    Outcome outcome;  // this thread's own: neighbours in the vector share a cache line
+    k.polar(jobs[i], method, &outcome);
+    outcomes[i] = outcome;
   });
   return outcomes;
 }

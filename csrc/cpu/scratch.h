@@ -35,7 +35,7 @@ class Buffer {
 };
 
 struct Scratch {
-  Buffer panel, output, coefficients, gram, second_gram, square[9], vectors, tall, steps;
+  Buffer panel, output, coefficients, solved, gram, second_gram, square[9], vectors, tall, steps;
 };
 
 inline Scratch& scratch() {
