@@ -146,13 +146,19 @@ def test_factors_rounded_to_their_dtype_are_accepted(n: int, r: int, dtype: torc
 # --- refused at a step ---
 
 
-def test_closures_are_refused() -> None:
+def before_a_step() -> tuple[Problem, Model, Optimizer, Tensor]:
+    """A model with gradients, its optimizer attached to, and a copy of the gradient of ``first.U``."""
     problem = Problem()
     model = problem.copy()
     optimizer = OPTIMIZERS["adamw"](model.parameters())
     attach(optimizer, model)
     problem.loss(model, 0).backward()
-    gradient = model.first.U.grad.clone()  # type: ignore[union-attr]
+    assert model.first.U.grad is not None
+    return problem, model, optimizer, model.first.U.grad.clone()
+
+
+def test_closures_are_refused() -> None:
+    problem, model, optimizer, gradient = before_a_step()
     for args, kwargs in (((lambda: 1.0,), {}), ((), {"closure": lambda: 1.0})):
         with pytest.raises(RuntimeError, match="closure: found one"):
             optimizer.step(*args, **kwargs)
@@ -165,12 +171,7 @@ def test_closures_are_refused() -> None:
 
 
 def test_weight_decay_set_later_is_refused() -> None:
-    problem = Problem()
-    model = problem.copy()
-    optimizer = OPTIMIZERS["adamw"](model.parameters())
-    attach(optimizer, model)
-    problem.loss(model, 0).backward()
-    gradient = model.first.U.grad.clone()  # type: ignore[union-attr]
+    problem, model, optimizer, gradient = before_a_step()
     optimizer.param_groups[0]["weight_decay"] = 0.1
     with pytest.raises(ValueError, match=r"weight_decay=0\.1 and holds the constrained first\.U"):
         optimizer.step()

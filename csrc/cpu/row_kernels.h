@@ -171,12 +171,14 @@ STELLA_INLINE void stream_fence() {
 #endif
 }
 
-// Every row from `begin` on starts where the widest of its tiles' vectors may, and the tiles grow no wider along it.
+// Every row from `begin` on starts where the widest of its tiles' vectors may, and the tiles grow no wider along it; or
+// short rows are whole vectors from there on.
 bool can_stream(const MatrixView& out, int64_t begin) {
+  const bool are_short = rows_are_short(out);
   int64_t lanes = kWidest;
-  while (lanes > out.r && !rows_are_short(out)) lanes /= 2;
-  const bool first = reinterpret_cast<uintptr_t>(rows_of(out, begin)) % (lanes * sizeof(float)) == 0;
-  return first && (rows_are_short(out) || out.row_stride % lanes == 0);
+  while (lanes > out.r && !are_short) lanes /= 2;
+  return reinterpret_cast<uintptr_t>(rows_of(out, begin)) % (lanes * sizeof(float)) == 0 &&
+         (are_short || out.row_stride % lanes == 0);
 }
 
 // One term of an update: rows times coefficients (r x r, blocked).
