@@ -63,8 +63,8 @@ def _polar_cases() -> list[Case]:
     for storage in STORAGES:
         table.append(Case("polar", "batch", ((2, 3, 37, 5),), torch.float32, storage, quick=True))
         table.append(Case("polar", "batch", ((5, 129, 16),), torch.float64, storage))
-    for shape in ((5, 259, 4), (3, 1031, 8), (2, 515, 12), (2, 301, 48)):  # rows of whole vectors, past whole chunks
-        table.append(Case("polar", "batch", (shape,), torch.float32, "rows", quick=shape[-1] <= 8))
+    for batch, n, r in ((5, 259, 4), (3, 1031, 8), (2, 515, 12), (2, 301, 48)):  # rows of whole vectors, past chunks
+        table.append(Case("polar", "batch", ((batch, n, r),), torch.float32, "rows", quick=r <= 8))
     table.append(Case("polar", "empty", ((0, 7, 3),), quick=True))
     # Tall enough for threads to share the rows of one matrix, in every path and storage.
     for n, r, dtype, storage in (

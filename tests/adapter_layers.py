@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stella_kernels import stella_adapter, stella_linear
 from stella_kernels.reference import adapter
@@ -139,3 +139,10 @@ def seed_of_next_call() -> Tensor:
     seed = torch.randint(2**63 - 1, (), dtype=torch.int64)
     torch.set_rng_state(state)
     return seed
+
+
+class DoubledLinear(nn.Linear):
+    """A base that is not a plain matrix product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import pickle
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -373,84 +371,6 @@ def test_strided_parameters_and_gradients() -> None:
             optimizer.step()
     assert torch.linalg.norm(sliced.detach() - dense.detach()) < 1e-14
     assert bool((wide[:, [0, 4, 5]] == 0).all())
-
-
-# --- state ---
-
-
-def with_attach(model: Model, fused_others: bool = False) -> AdamW:
-    constrained = [f.parameter for f in stiefel_factors(model)]
-    groups = [{"params": constrained}, {"params": [model.first.S, model.second.S]}]
-    optimizer = AdamW(groups, fused=fused_others or None, **PLAIN)
-    attach(optimizer, model)
-    return optimizer
-
-
-@pytest.mark.parametrize("back", [False, True])
-@pytest.mark.parametrize("fused_others", [False, True])
-def test_state_is_interchangeable_with_attach(back: bool, fused_others: bool) -> None:
-    """5 steps with one, then 7 with the other: where one alone ends, to 1e5 roundings as above."""
-    problem = Problem()
-    exact = published(problem, torch_adamw(), 12, F64, hidden_size=HIDDEN)
-    model = problem.copy()
-
-    def build(stella: bool, m: Model) -> AdamW:
-        return StellaAdamW(m, fused=fused_others or None, **PLAIN) if stella else with_attach(m, fused_others)
-
-    optimizer = build(back, model)
-    problem.train(model, optimizer, optimizer.step, 0, 5)
-    saved = pickle.dumps((model.state_dict(), optimizer.state_dict()))
-    again = Model()
-    other = build(not back, again)
-    weights, state = pickle.loads(saved)
-    assert state["param_groups"] == other.state_dict()["param_groups"]
-    again.load_state_dict(weights)
-    other.load_state_dict(state)
-    problem.train(again, other, other.step, 5, 12)
-    assert distance(values(again), values(exact)) < 1e-10
-    assert {k: sorted(s) for k, s in state["state"].items()} == {i: ["exp_avg", "exp_avg_sq", "step"] for i in range(6)}
-    assert all(float(s["step"]) == 12 for s in other.state_dict()["state"].values())
-
-
-def test_loading_in_place_goes_on_bitwise() -> None:
-    problem = Problem()
-    model, optimizer = fused(problem, 3)
-    kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    problem.train(model, optimizer, optimizer.step, 3, 6)
-    expected = values(model)
-    model.load_state_dict(kept[0])
-    optimizer.load_state_dict(kept[1])
-    problem.train(model, optimizer, optimizer.step, 3, 6)
-    assert identical(values(model), expected)
-
-
-@pytest.mark.parametrize("how", ["copied", "pickled"])
-def test_copies_go_on_alike(how: str) -> None:
-    problem = Problem()
-    model, optimizer = fused(problem, 3, skip_nonfinite=True)
-    pair = (model, optimizer)
-    twin, other = copy.deepcopy(pair) if how == "copied" else pickle.loads(pickle.dumps(pair))
-    problem.train(model, optimizer, optimizer.step, 3, 6)
-    problem.train(twin, other, other.step, 3, 6)
-    assert identical(values(twin), values(model))
-    assert {id(f.parameter) for f in other.factors} == {id(f.parameter) for f in stiefel_factors(twin)}
-    assert other.skip_nonfinite
-
-
-def test_a_factor_added_later_is_constrained() -> None:
-    problem = Problem()
-    model = problem.copy()
-    model.second.requires_grad_(False)
-    optimizer = StellaAdamW(model, **PLAIN)
-    model.second.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"weight_decay=0\.1 and holds the constrained second\.U"):
-        optimizer.add_param_group({"params": [model.second.U], "weight_decay": 0.1})
-    assert len(optimizer.param_groups) == 2
-    optimizer.add_param_group({"params": list(model.second.parameters())})
-    assert [f.name for f in optimizer.factors] == ["first.U", "first.Vt", "second.U", "second.Vt"]
-    problem.train(model, optimizer, optimizer.step, 0, 5)
-    exact = published(problem, torch_adamw(), 5, F64, hidden_size=HIDDEN)
-    assert distance(values(model), values(exact)) < 1e-10
 
 
 def test_other_factors_can_be_attached() -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import math
-import pickle
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -167,57 +165,6 @@ def test_scheduler_and_several_groups() -> None:
         for scheduler in schedulers:
             scheduler.step()
     assert distance(values(models[0]), values(models[1])) < 1e-11
-
-
-def test_state_dict_round_trip() -> None:
-    """Saved after 5 steps and rebuilt, training goes on as if nothing had happened, and hooks leave no trace in it."""
-    problem, build = Problem(), OPTIMIZERS["adamw"]
-    model = problem.copy()
-    optimizer = build(model.parameters())
-    attach(optimizer, model)
-    problem.train(model, optimizer, optimizer.step, 0, 5)
-    bare = build(problem.copy().parameters())
-    assert optimizer.state_dict()["param_groups"] == bare.state_dict()["param_groups"]
-    saved = pickle.dumps((model.state_dict(), optimizer.state_dict()))
-    problem.train(model, optimizer, optimizer.step, 5, 12)
-
-    again = Model()
-    optimizer = build(again.parameters())
-    weights, state = pickle.loads(saved)
-    again.load_state_dict(weights)
-    optimizer.load_state_dict(state)
-    attach(optimizer, again)
-    problem.train(again, optimizer, optimizer.step, 5, 12)
-    assert identical(values(again), values(model))
-
-
-def test_loading_a_state_dict_while_attached() -> None:
-    problem, build = Problem(), OPTIMIZERS["adamw"]
-    model = problem.copy()
-    optimizer = build(model.parameters())
-    attach(optimizer, model)
-    problem.train(model, optimizer, optimizer.step, 0, 3)
-    kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    problem.train(model, optimizer, optimizer.step, 3, 6)
-    expected = values(model)
-    model.load_state_dict(kept[0])
-    optimizer.load_state_dict(kept[1])
-    problem.train(model, optimizer, optimizer.step, 3, 6)
-    assert identical(values(model), expected)
-
-
-def test_optimizer_can_be_pickled_and_copied() -> None:
-    problem = Problem()
-    model = problem.copy()
-    optimizer = OPTIMIZERS["adamw"](model.parameters())
-    attach(optimizer, model)
-    problem.train(model, optimizer, optimizer.step, 0, 2)
-    pickle.loads(pickle.dumps(optimizer))
-    twin_model, twin = copy.deepcopy((model, optimizer))
-    attach(twin, twin_model)  # hooks do not travel with a copy
-    problem.train(model, optimizer, optimizer.step, 2, 4)
-    problem.train(twin_model, twin, twin.step, 2, 4)
-    assert identical(values(twin_model), values(model))
 
 
 def test_factors_without_gradient_are_left_alone() -> None:
