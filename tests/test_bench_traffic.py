@@ -25,6 +25,7 @@ def copy(source, target, n, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(target + at, tl.load(source + at, mask=at < n), mask=at < n)
 
+torch.manual_seed(0)
 source = torch.randn(37)
 with counting() as copied:
     copy[(3,)](source, torch.empty(37), 37, BLOCK=16)
@@ -32,7 +33,8 @@ moved = []
 for n in (512, 1024):
     with counting() as step:
         OPERATORS["stella_adamw_"](*_adamw_arguments(n, 16, True, False))
-    moved.append([step.bytes, sum(step.launches.values())])
+    solve = step.loaded["solve_kernel"] + step.stored["solve_kernel"]
+    moved.append([step.bytes - solve, sum(step.launches.values())])
 print(json.dumps([copied.loaded, copied.stored, copied.launches, moved]))
 """
 
@@ -51,19 +53,21 @@ def test_counts_are_the_bytes_that_are_moved() -> None:
     loaded, stored, launches, moved = json.loads(done.stdout)
     assert loaded == stored == {"copy": 4 * 37}
     assert launches == {"copy": 1}
-    # twice the rows: twice 12 words an element, and of tables and Gram matrices at most a tenth of that again
+    # Twice the rows: twice 12 words an element, and of Gram blocks (a sum for 512 rows) at most a hundredth of that again.
+    # Without the solve, which knows no rows and takes one iteration more where the round-off of the data would have it.
     (few, some), (many, more) = moved
     words = (many - few) / (4 * 512 * 16)
-    assert 12.0 <= words <= 13.2
+    assert 12.0 <= words <= 12.12
     assert some == more == 5
 
 
 MODEL = """
-import json
+import json, torch
 from bench import traffic
 from bench.shapes import ModelShapes
 traffic.LLAMA_3_8B, traffic.LAYERS = ModelShapes("small", hidden=4096, mlp=8192, key_value=4096), 2
 traffic.heights = lambda: {(4096, False): 2, (8192, True): 2}
+torch.manual_seed(0)
 rows = []
 for r in (16, 64):
     published, operations = traffic.published_step(r)
@@ -95,7 +99,7 @@ def test_a_step_keeps_to_the_floor_and_the_published_one_does_not() -> None:
         assert floor <= words <= (WANTED_OF_FLOOR if r == 16 else 1.25) * floor
         assert launches <= WANTED_LAUNCHES
         # Five times our bytes at r = 16; at r = 64 the workspace takes 7 to 12 % of ours: more where the solve of one
-        # of these few factors takes one iteration more.
+        # of these few factors takes one iteration more, on which round-off decides.
         assert published >= (5.0 if r == 16 else 4.4) * words
         assert svds == 2  # a batched one for each shape
         assert operations >= 10 * svds

@@ -142,6 +142,7 @@ import torch
 from triton.runtime import interpreter
 from stella_kernels.triton_kernels.operators import OPERATORS
 
+torch.manual_seed(0)
 launched = []
 call = interpreter.GridExecutor.__call__
 def counted(self, *arguments, **named):
@@ -192,6 +193,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 import json, torch
 from stella_kernels.triton_kernels import stiefel, table
 from stella_kernels.triton_kernels.operators import OPERATORS
+
+torch.manual_seed(0)
 
 def step(couplings, rows, dtype=torch.float32):
     Y = torch.linalg.qr(torch.randn(20, 4)).Q.to(dtype)
