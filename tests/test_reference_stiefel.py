@@ -33,7 +33,9 @@ def tangent(Y: Tensor, norm: float = 1.0) -> Tensor:
     A, K = torch.randn(*Y.shape[:-2], Y.shape[-1], Y.shape[-1], dtype=Y.dtype), torch.randn_like(Y)
     delta = Y @ (A - A.mT) + K - Y @ (Y.mT @ K)
     size = torch.linalg.matrix_norm(delta)[..., None, None]
-    return norm * delta / size.clamp_min(1e-3)  # St(1, 1) has the zero vector only
+    delta = norm * delta / size.clamp_min(1e-3)  # St(1, 1) has the zero vector only
+    # Where K was nearly a Y S, dividing by what was left of it magnified its round-off: off with it, twice is enough.
+    return delta - Y @ (Y.mT @ delta + delta.mT @ Y) / 2
 
 
 def generator(Y: Tensor, delta: Tensor) -> Tensor:
