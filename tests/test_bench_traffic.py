@@ -53,8 +53,8 @@ def test_counts_are_the_bytes_that_are_moved() -> None:
     loaded, stored, launches, moved = json.loads(done.stdout)
     assert loaded == stored == {"copy": 4 * 37}
     assert launches == {"copy": 1}
-    # Twice the rows: twice 12 words an element, and of Gram blocks (a sum for 512 rows) at most a hundredth of that again.
-    # Without the solve, which knows no rows and takes one iteration more where the round-off of the data would have it.
+    # Twice the rows: twice 12 words an element, and of Gram blocks (one of 512 rows) at most a hundredth of that again.
+    # Without the solve, which knows no rows and takes an iteration more where the data would have it.
     (few, some), (many, more) = moved
     words = (many - few) / (4 * 512 * 16)
     assert 12.0 <= words <= 12.12
