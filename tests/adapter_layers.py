@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from random_matrices import orthonormal
 from torch import Tensor, nn
 
 from stella_kernels import stella_adapter, stella_linear
@@ -47,23 +48,19 @@ class Layer(NamedTuple):
     Vt: Tensor
 
 
-def orthonormal(n: int, r: int, dtype: torch.dtype) -> Tensor:
-    return torch.linalg.qr(torch.randn(n, r, dtype=torch.float64))[0].to(dtype)
-
-
 def make(case: Case, dtype: torch.dtype, requires_grad: bool = True, base_grad: bool = False) -> Layer:
     """U and V orthonormal, S with singular values in [1, 2]: the adapter is as large as the base, cond(S) <= 2."""
     m, n, r = case.m, case.n, case.r
     factor = torch.float64 if dtype == torch.float64 else torch.float32
     values = torch.rand(r, dtype=torch.float64) + 1
-    S = values if case.diagonal else orthonormal(r, r, torch.float64) * values @ orthonormal(r, r, torch.float64)
+    S = values if case.diagonal else orthonormal(r, r) * values @ orthonormal(r, r)
     layer = Layer(
         torch.randn(*case.lead, n).to(dtype),
         (torch.randn(m, n) / math.sqrt(n)).to(dtype),
         torch.randn(m).to(dtype) if case.bias else None,
-        orthonormal(m, r, factor),
+        orthonormal(m, r, dtype=factor),
         S.to(factor),
-        orthonormal(n, r, factor).mT.contiguous(),
+        orthonormal(n, r, dtype=factor).mT.contiguous(),
     )
     for name, value in layer._asdict().items():
         if value is not None:

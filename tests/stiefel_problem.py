@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from random_matrices import orthonormal
 from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, Adam, AdamW, NAdam, Optimizer, RMSprop
 
@@ -20,18 +21,14 @@ F64 = torch.float64
 HIDDEN = 12
 
 
-def orthonormal(n: int, r: int, dtype: torch.dtype = F64) -> Tensor:
-    return torch.linalg.qr(torch.randn(n, r, dtype=F64)).Q.to(dtype)
-
-
 class Adapter(nn.Module):
     """x Vᵀ-stored, S, U-stored: one factor of either storage, and a free matrix between them."""
 
     def __init__(self, m: int, n: int, r: int, dtype: torch.dtype = F64) -> None:
         super().__init__()
-        self.U = nn.Parameter(orthonormal(m, r, dtype))
+        self.U = nn.Parameter(orthonormal(m, r, dtype=dtype))
         self.S = nn.Parameter(torch.eye(r, dtype=dtype))
-        self.Vt = nn.Parameter(orthonormal(n, r, dtype).mT.contiguous())
+        self.Vt = nn.Parameter(orthonormal(n, r, dtype=dtype).mT.contiguous())
 
     def own_stiefel_factors(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
         for name, parameter, transposed in (("U", self.U, False), ("Vt", self.Vt, True)):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from random_matrices import orthonormal
 from torch import Tensor, nn
 
 from stella_kernels import StellaLinear, backends, base_product, stella_linear
@@ -28,7 +29,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def factors(m: int, n: int, r: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    U, V = (torch.linalg.qr(torch.randn(k, r, dtype=torch.float64))[0].to(dtype) for k in (m, n))
+    U, V = (orthonormal(k, r, dtype=dtype) for k in (m, n))
     return U, (torch.randn(r, r, dtype=torch.float64) / math.sqrt(r)).to(dtype), V.mT.contiguous()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_matrices import orthonormal
 from torch import Tensor, nn
 
 import stella_kernels as sk
@@ -18,10 +19,6 @@ from stella_kernels.optim import attach
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 EPS = torch.finfo(torch.float64).eps
-
-
-def orthonormal(n: int, r: int) -> Tensor:
-    return torch.linalg.qr(torch.randn(n, r, dtype=torch.float64)).Q
 
 
 def turned(angles: list[float], n: int = 20) -> tuple[Tensor, Tensor]:

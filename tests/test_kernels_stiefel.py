@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_matrices import orthonormal
 from torch import Tensor
 
 import stella_kernels as sk
@@ -25,10 +26,6 @@ seeds = st.integers(0, 2**31)
 
 def gaussian(n: int, r: int, seed: int) -> Tensor:
     return torch.randn(n, r, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def orthonormal(n: int, r: int) -> Tensor:
-    return torch.linalg.qr(torch.randn(n, r, dtype=torch.float64)).Q
 
 
 def conditioned(n: int, r: int, condition: float) -> Tensor:

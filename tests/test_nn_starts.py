@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from adapter_layers import DoubledLinear
+from random_matrices import orthonormal
 from torch import nn
 
 from stella_kernels.nn import INITS, StellaLinear, init_factors
@@ -40,7 +41,7 @@ def test_start_is_orthonormal_with_identity_or_zero_core(m: int, n: int, r: int,
 @pytest.mark.parametrize("init", ["svd_major", "svd_minor"])
 def test_svd_starts_pick_their_singular_vectors(init: str, fan_in_fan_out: bool) -> None:
     m, n, r = 12, 9, 3
-    left, right = (torch.linalg.qr(torch.randn(k, 9, dtype=torch.float64))[0] for k in (m, n))
+    left, right = (orthonormal(k, 9) for k in (m, n))
     values = torch.arange(9, 0, -1, dtype=torch.float64)
     weight = (left * values) @ right.mT
     chosen = slice(0, r) if init == "svd_major" else slice(9 - r, 9)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_matrices import orthonormal
 from stiefel_problem import (
     F64,
     HIDDEN,
@@ -19,7 +20,6 @@ from stiefel_problem import (
     distance,
     fused,
     identical,
-    orthonormal,
     published,
     same_state,
     state_of,
@@ -120,7 +120,10 @@ def test_a_thousand_random_steps_do_not_drift(n: int, r: int) -> None:
     """The residual is that of the last retraction, not of a thousand: 5e-7 sqrt(r), or what a float32 SVD leaves."""
     native = torch._C._dispatch_has_kernel_for_dispatch_key("stella_kernels::stella_adamw_", "CPU")
     limit = 5e-7 if native else 4 * torch.finfo(torch.float32).eps * math.sqrt(n)
-    U, Vt = nn.Parameter(orthonormal(n, r, torch.float32)), nn.Parameter(orthonormal(n, r, torch.float32).mT.clone())
+    U, Vt = (
+        nn.Parameter(orthonormal(n, r, dtype=torch.float32)),
+        nn.Parameter(orthonormal(n, r, dtype=torch.float32).mT.clone()),
+    )
     factors = [StiefelFactor(U, False, "U"), StiefelFactor(Vt, True, "Vt")]
     optimizer = StellaAdamW([U, Vt], lr=1e-2, weight_decay=0.0, factors=factors, grad_scaling=False)
     start = U.detach().clone()

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from stiefel_problem import F64, orthonormal
+from random_matrices import orthonormal
+from stiefel_problem import F64
 from torch import Tensor
 
 from stella_kernels import ops

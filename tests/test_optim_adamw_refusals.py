@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from stiefel_problem import PLAIN, Model, Problem, distance, fused, identical, orthonormal, same_state, state_of, values
+from random_matrices import orthonormal
+from stiefel_problem import PLAIN, Model, Problem, distance, fused, identical, same_state, state_of, values
 from torch import nn
 from torch.optim import AdamW
 

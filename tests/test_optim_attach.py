@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_matrices import orthonormal
 from stiefel_problem import (
     F64,
     HIDDEN,
@@ -19,7 +20,6 @@ from stiefel_problem import (
     distance,
     hooked,
     identical,
-    orthonormal,
     published,
     values,
     worst_error,
@@ -203,7 +203,7 @@ def test_several_attachments_on_one_optimizer() -> None:
 
 def test_mixed_dtypes_in_one_attachment() -> None:
     build = OPTIMIZERS["sgd_momentum"]
-    tall = [nn.Parameter(orthonormal(9, 3)), nn.Parameter(orthonormal(8, 2, torch.float32))]
+    tall = [nn.Parameter(orthonormal(9, 3)), nn.Parameter(orthonormal(8, 2, dtype=torch.float32))]
     alone = [nn.Parameter(p.detach().clone()) for p in tall]
     together = build(tall)
     attach(together, tall, grad_scaling=False)

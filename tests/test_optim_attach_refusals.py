@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_matrices import orthonormal
 from stiefel_problem import (
     F64,
     HIDDEN,
@@ -17,7 +18,6 @@ from stiefel_problem import (
     distance,
     hooked,
     identical,
-    orthonormal,
     published,
     values,
     worst_error,
@@ -57,7 +57,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"target\[0\]: found columns with ‖QᵀQ − I‖ = 0\.297, wanted at most .*polar",  # (1.1² − 1) sqrt(2)
     ),
     "nearly orthonormal": (
-        lambda: [nn.Parameter((1 + 1e-4) * orthonormal(600, 8, torch.float32))],
+        lambda: [nn.Parameter((1 + 1e-4) * orthonormal(600, 8, dtype=torch.float32))],
         ValueError,
         r"‖QᵀQ − I‖",
     ),
@@ -139,7 +139,7 @@ def test_weight_decay_on_a_factor_is_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("n", "r"), [(4096, 16), (8, 8), (64, 1)])
 def test_factors_rounded_to_their_dtype_are_accepted(n: int, r: int, dtype: torch.dtype) -> None:
-    parameter = nn.Parameter(orthonormal(n, r, dtype))
+    parameter = nn.Parameter(orthonormal(n, r, dtype=dtype))
     attach(optimizer_of(parameter), [StiefelFactor(parameter, False, "U")], grad_scaling=False)
 
 
@@ -353,7 +353,7 @@ def test_an_optimizer_that_raises_leaves_nothing_stale() -> None:
 
 
 def test_nan_in_one_attachment_leaves_the_gradients_of_another() -> None:
-    factors = [nn.Parameter(torch.linalg.qr(torch.randn(12, 3)).Q) for _ in range(2)]
+    factors = [nn.Parameter(orthonormal(12, 3, dtype=torch.float32)) for _ in range(2)]
     optimizer = torch.optim.SGD(factors, lr=0.1)
     for factor in factors:
         attach(optimizer, [factor], grad_scaling=False)

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from stiefel_problem import F64, Model, distance, identical, orthonormal, values
+from random_matrices import orthonormal
+from stiefel_problem import F64, Model, distance, identical, values
 from torch import Tensor, nn
 
 from stella_kernels.nn import StellaLinear, StiefelFactor, stiefel_factors

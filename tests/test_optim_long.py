@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from stiefel_problem import F64, orthonormal
+from random_matrices import orthonormal
+from stiefel_problem import F64
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -62,7 +63,7 @@ def test_ten_thousand_random_steps_do_not_drift(how: str) -> None:
     What a factor is rounded to leaves 6e-8 sqrt(2) or so of each column; 5e-7 sqrt(r) is eight times that.
     """
     n, r = 64, 8
-    factors = [factor_of(orthonormal(n, r, torch.float32), transposed) for transposed in (False, True)]
+    factors = [factor_of(orthonormal(n, r, dtype=torch.float32), transposed) for transposed in (False, True)]
     start = [f.view.clone() for f in factors]
     optimizer = build(how, factors, lr=1e-2)
     for step in range(10_000):
@@ -106,7 +107,7 @@ def trajectory(how: str, count: int) -> list[Tensor]:
     torch.set_num_threads(count)
     torch.manual_seed(3)
     shapes = [(9001, 16), (41, 7), (130, 33), (7, 7), (515, 8)]
-    factors = [factor_of(orthonormal(n, r, torch.float32), i % 2 == 0, str(i)) for i, (n, r) in enumerate(shapes)]
+    factors = [factor_of(orthonormal(n, r, dtype=torch.float32), i % 2 == 0, str(i)) for i, (n, r) in enumerate(shapes)]
     optimizer = build(how, factors, lr=1e-3)
     for _ in range(5):
         for factor in factors:

@@ -25,18 +25,13 @@ from peft_models import (
     stir,
     tokens,
 )
+from random_matrices import orthonormal
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from stella_kernels.peft import StellaConfig
-from stella_kernels.reference.stiefel import polar_factor
 
 LAYERS = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
 SHAPES = {"q_proj": (32, 32), "down_proj": (32, 48)}  # (m, n)
-
-
-def orthonormal(n: int, r: int) -> Tensor:
-    return polar_factor(torch.randn(n, r, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from random_matrices import orthonormal
 from torch import Tensor
 
 import stella_kernels as sk
@@ -17,8 +18,7 @@ SHAPES = [(7, 3), (5, 5), (9, 1), (1, 1), (2, 11, 4), (2, 3, 6, 2)]
 def conditioned(shape: tuple[int, ...], condition: float = 3.0) -> Tensor:
     """Random float64 with singular values between 1 and ``condition``."""
     *batch, n, r = shape
-    left = torch.linalg.qr(torch.randn(*batch, n, r, dtype=torch.float64))[0]
-    right = torch.linalg.qr(torch.randn(*batch, r, r, dtype=torch.float64))[0]
+    left, right = orthonormal(*batch, n, r), orthonormal(*batch, r, r)
     values = 1 + (condition - 1) * torch.rand(*batch, r, dtype=torch.float64)
     return left * values.unsqueeze(-2) @ right.mT
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from random_matrices import orthonormal
 from torch import Tensor
 
 from stella_kernels.reference import quotient, stiefel
@@ -16,10 +17,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 F64 = torch.float64
 SHAPES = [(12, 9, 4), (4, 7, 4), (5, 5, 5), (6, 8, 1)]  # m, n, r: also square factors, and r = 1 (no fibre but signs)
 CORES = ["identity", "random", "ill-conditioned", "rank-deficient", "zero"]
-
-
-def orthonormal(*shape: int) -> Tensor:
-    return torch.linalg.qr(torch.randn(*shape, dtype=F64)).Q
 
 
 def core(name: str, r: int) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_matrices import orthonormal
 from torch import Tensor
 
 from stella_kernels.reference import stiefel
@@ -21,11 +22,6 @@ RETRACTIONS = sorted(stiefel.RETRACTIONS)
 seeds = st.integers(0, 2**32 - 1)
 shapes = st.tuples(st.integers(1, 8), st.integers(0, 12)).map(lambda t: (t[0] + t[1], t[0]))  # (n, r), n >= r
 few = settings(max_examples=25, deadline=None)
-
-
-def point(*shape: int) -> Tensor:
-    """A random point of St(n, r), by a QR that none of the code under test makes."""
-    return torch.linalg.qr(torch.randn(*shape, dtype=torch.float64)).Q
 
 
 def tangent(Y: Tensor, norm: float = 1.0) -> Tensor:
@@ -53,7 +49,7 @@ def roundoff(n: int, r: int, norm: float = 1.0) -> float:
 @pytest.mark.parametrize("norm", [1e-6, 0.1, 3.0])
 @pytest.mark.parametrize("name", RETRACTIONS)
 def test_retraction_lands_on_the_manifold(name: str, norm: float, n: int, r: int) -> None:
-    Y = point(n, r)
+    Y = orthonormal(n, r)
     Q = stiefel.RETRACTIONS[name](Y, tangent(Y, norm))
     assert Q.shape == Y.shape
     assert float(stiefel.orthonormality_error(Q)) < roundoff(n, r, norm)
@@ -62,7 +58,7 @@ def test_retraction_lands_on_the_manifold(name: str, norm: float, n: int, r: int
 @pytest.mark.parametrize(("n", "r"), SHAPES)
 @pytest.mark.parametrize("name", RETRACTIONS)
 def test_retraction_of_zero_is_the_point(name: str, n: int, r: int) -> None:
-    Y = point(n, r)
+    Y = orthonormal(n, r)
     assert torch.linalg.norm(stiefel.RETRACTIONS[name](Y, torch.zeros_like(Y)) - Y) < roundoff(n, r)
 
 
@@ -70,7 +66,7 @@ def test_retraction_of_zero_is_the_point(name: str, n: int, r: int) -> None:
 @pytest.mark.parametrize("name", RETRACTIONS)
 def test_retraction_is_first_order(name: str, n: int, r: int) -> None:
     """‖R(tΔ) − Y − tΔ‖ = c t² + O(t³), so halving t divides it by 4, up to O(t) = 1e-3 relative."""
-    Y = point(n, r)
+    Y = orthonormal(n, r)
     delta = tangent(Y)
     errors = [float(torch.linalg.norm(stiefel.RETRACTIONS[name](Y, t * delta) - Y - t * delta)) for t in (2e-3, 1e-3)]
     assert errors[0] / errors[1] == pytest.approx(4.0, rel=0.02)
@@ -95,7 +91,7 @@ def test_skew_exponential(seed: int, size: int, exponent: int) -> None:
 
 @pytest.mark.parametrize(("n", "r"), SHAPES)
 def test_exponential_map_is_the_dense_exponential(n: int, r: int) -> None:
-    Y = point(n, r)
+    Y = orthonormal(n, r)
     delta = tangent(Y, 2.0)
     dense = stiefel.skew_exponential(generator(Y, delta)) @ Y
     assert torch.linalg.norm(stiefel.exponential_map(Y, delta) - dense) < roundoff(n, r, 2.0)
@@ -103,7 +99,7 @@ def test_exponential_map_is_the_dense_exponential(n: int, r: int) -> None:
 
 @pytest.mark.parametrize(("n", "r"), SHAPES)
 def test_cayley_is_the_dense_cayley_transform(n: int, r: int) -> None:
-    Y = point(n, r)
+    Y = orthonormal(n, r)
     delta = tangent(Y, 2.0)
     W, identity = generator(Y, delta), torch.eye(n, dtype=Y.dtype)
     dense = torch.linalg.solve(identity - W / 2, (identity + W / 2) @ Y)
@@ -116,7 +112,7 @@ def test_exponential_map_is_a_geodesic_of_constant_speed(n: int, r: int) -> None
 
     The velocity is a central difference with h = 1e-5: off by h² = 1e-10 and eps/h = 2e-11, times small factors.
     """
-    Y, h = point(n, r), 1e-5
+    Y, h = orthonormal(n, r), 1e-5
     delta = tangent(Y)
 
     def speed(at: Tensor, velocity: Tensor) -> float:
@@ -134,7 +130,7 @@ def test_exponential_map_is_a_geodesic_of_constant_speed(n: int, r: int) -> None
 
 @pytest.mark.parametrize("zeroed", [[0], [1, 2], [0, 1, 2, 3]])
 def test_exponential_map_with_a_rank_deficient_normal_part(zeroed: list[int]) -> None:
-    Y = point(20, 4)
+    Y = orthonormal(20, 4)
     K = torch.randn(20, 4, dtype=torch.float64)
     K[:, zeroed] = 0
     A = torch.randn(4, 4, dtype=torch.float64)
@@ -147,7 +143,7 @@ def test_exponential_map_with_a_rank_deficient_normal_part(zeroed: list[int]) ->
 
 @pytest.mark.parametrize("name", RETRACTIONS)
 def test_batched_equals_loop(name: str) -> None:
-    Y = point(2, 3, 11, 4)
+    Y = orthonormal(2, 3, 11, 4)
     moved = Y + 0.3 * torch.randn_like(Y)
     batched = stiefel.project_retract(Y, moved, 1.7, name)
     assert batched.shape == Y.shape
@@ -166,7 +162,7 @@ def test_empty_batch(name: str, shape: tuple[int, ...]) -> None:
 
 
 def test_qr_retraction_has_a_positive_diagonal() -> None:
-    Y = point(30, 6, 3)
+    Y = orthonormal(30, 6, 3)
     M = Y + tangent(Y, 2.0)
     R = stiefel.qr_retraction(Y, M - Y).mT @ M  # (30, 3, 3), upper triangular
     assert bool((R.diagonal(dim1=-2, dim2=-1) > 0).all())
@@ -213,7 +209,7 @@ def test_polar_factor_of_rank_deficient_input_is_orthonormal() -> None:
 def test_projection_is_onto_the_tangent_space(seed: int, shape: tuple[int, int]) -> None:
     """It keeps tangent vectors, gives tangent vectors (YᵀΔ skew), and what it takes away is orthogonal to them all."""
     torch.manual_seed(seed)
-    Y = point(*shape)
+    Y = orthonormal(*shape)
     delta, other = torch.randn(shape, dtype=torch.float64), tangent(Y)
     size = float(torch.linalg.norm(delta))
     projected = stiefel.tangent_projection(Y, delta)
@@ -227,7 +223,7 @@ def test_projection_is_onto_the_tangent_space(seed: int, shape: tuple[int, int])
 def test_riemannian_gradient_represents_the_derivative(seed: int, shape: tuple[int, int]) -> None:
     """Canonical metric: tr(Δᵀ (I − YYᵀ/2) grad) = tr(Δᵀ ∇) for every tangent Δ, and grad is itself tangent."""
     torch.manual_seed(seed)
-    Y = point(*shape)
+    Y = orthonormal(*shape)
     gradient, delta = torch.randn(shape, dtype=torch.float64), tangent(Y)
     size = float(torch.linalg.norm(gradient))
     riemannian = stiefel.riemannian_gradient(Y, gradient)
@@ -239,7 +235,7 @@ def test_riemannian_gradient_represents_the_derivative(seed: int, shape: tuple[i
 
 
 def test_project_retract_is_its_three_steps() -> None:
-    Y = point(15, 4)
+    Y = orthonormal(15, 4)
     moved = Y + torch.randn_like(Y)
     delta = (moved - Y) / 1.5
     delta = delta - Y @ (Y.mT @ delta + delta.mT @ Y) / 2
@@ -256,21 +252,21 @@ def test_gradient_scaling_divisor() -> None:
 
 
 def test_orthonormality_error_counts_all_of_it() -> None:
-    Q = point(3, 10, 4)
+    Q = orthonormal(3, 10, 4)
     scale = torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64)  # ‖c²I − I‖ = |c² − 1| sqrt(4)
     expected = torch.tensor([0.0, 6.0, 2.0], dtype=torch.float64)
     assert torch.allclose(stiefel.orthonormality_error(scale[:, None, None] * Q), expected, atol=roundoff(10, 4))
 
 
 def test_unknown_retraction_is_refused() -> None:
-    Y = point(5, 2)
+    Y = orthonormal(5, 2)
     with pytest.raises(ValueError, match="retraction: found 'svd', wanted one of 'polar'"):
         stiefel.project_retract(Y, Y, 1.0, "svd")
 
 
 @pytest.mark.parametrize("name", RETRACTIONS)
 def test_float32_keeps_float32_accuracy(name: str) -> None:
-    Y = point(64, 8)
+    Y = orthonormal(64, 8)
     moved = Y + 0.05 * torch.randn_like(Y)
     exact = stiefel.project_retract(Y, moved, 1.3, name)
     single = stiefel.project_retract(Y.float(), moved.float(), 1.3, name)

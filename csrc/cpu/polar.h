@@ -60,7 +60,8 @@ void gram_of_rows(const MatrixView& view, int64_t begin, int64_t end, double* gr
   }
 }
 
-// product(first row, rows) for rows [begin, end), some at a time; `upcoming` is fetched meanwhile.
+// product(first row, rows) for rows [begin, end), a chunk of some hundred values at a time, so that fetching as many of
+// `upcoming` before each spreads over the products.
 template <typename Product>
 STELLA_INLINE void multiply_chunks(int64_t begin, int64_t end, int64_t chunk, int64_t r, const float* upcoming,
                                    Product&& product) {
