@@ -4,6 +4,7 @@
 #   make test     the full test suite
 #   make bench    the retraction and the optimizer step against torch's ways, the adapter against LoRA, at real models' shapes
 #   make test-arm the CPU kernels compiled for 64-bit ARM, on an emulated processor
+#   make docs     the documentation as pages, in site/
 #   make lint     ruff, mypy, clang-format;   make format   apply what can be applied
 #   make clean    remove the environment and everything built
 
@@ -43,9 +44,10 @@ OLDEST_TRITON_DIR := $(CACHE)/oldest-triton
 ARM_DIR := $(CACHE)/arm
 HAS_TRITON := $(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("triton") is None)'
 NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml $(NATIVE_SOURCES)
+BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml csrc/cpu/torch/generate_signatures.py \
+  stella_kernels/operators/signatures.py $(NATIVE_SOURCES)
 
-.PHONY: env build test test-oldest-peft test-oldest-triton test-arm demo bench lint format clean
+.PHONY: env build test test-oldest-peft test-oldest-triton test-arm demo bench docs lint format clean
 
 env: $(VENV)/env.stamp
 build: $(VENV)/build.stamp
@@ -66,7 +68,7 @@ test: build $(if $(OLDEST_PEFT),test-oldest-peft) $(if $(OLDEST_TRITON),test-old
 	$(BIN)/python -m pytest tests $(PYTEST_ARGS)
 
 test-oldest-peft: build $(OLDEST_PEFT_DIR)/stamp
-	PYTHONPATH=$(OLDEST_PEFT_DIR) $(BIN)/python -m pytest $(wildcard tests/test_peft*.py) $(PYTEST_ARGS)
+	PYTHONPATH=$(OLDEST_PEFT_DIR) $(BIN)/python -m pytest tests/peft $(PYTEST_ARGS)
 
 $(OLDEST_PEFT_DIR)/stamp: Makefile $(VENV)/env.stamp
 	rm -rf $(OLDEST_PEFT_DIR)
@@ -76,7 +78,7 @@ $(OLDEST_PEFT_DIR)/stamp: Makefile $(VENV)/env.stamp
 # What kernels compile to is promised of the pinned Triton alone; that they compile, of this one too.
 test-oldest-triton: build $(OLDEST_TRITON_DIR)/stamp
 	if $(HAS_TRITON); then PYTHONPATH=$(abspath $(OLDEST_TRITON_DIR)) $(BIN)/python -m pytest \
-	  $(wildcard tests/test_triton*.py) -m "not pinned_triton" $(PYTEST_ARGS); fi
+	  tests/triton_kernels -m "not pinned_triton" $(PYTEST_ARGS); fi
 
 $(OLDEST_TRITON_DIR)/stamp: Makefile $(VENV)/env.stamp
 	rm -rf $(OLDEST_TRITON_DIR)
@@ -115,6 +117,10 @@ $(REVIEWS): $(VENV)/env.stamp
 bench: build
 	$(BIN)/python -m bench $(BENCH_ARGS)
 
+# Of the installed package's docstrings; a warning is an error.
+docs: build
+	$(BIN)/python -m mkdocs build --strict
+
 lint: $(VENV)/env.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -127,6 +133,6 @@ format: $(VENV)/env.stamp
 	$(BIN)/clang-format -i $(NATIVE_SOURCES) tests/arm/core.cpp
 
 clean:
-	rm -rf $(VENV) $(CACHE) build dist demo-output bench/results *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CACHE) build dist site demo-output bench/results *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find stella_kernels -name '*.so' -delete
 	find stella_kernels tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} +

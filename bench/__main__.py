@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from bench.device import DeviceUnavailableError, keep_memory, measures_memory, named, platform_of, served
-from bench.shapes import LLAMA_3_8B, MODELS, RANKS, cases
-from bench.timing import Machine, Verdict, measure_machine
+from bench.common.device import DeviceUnavailableError, keep_memory, measures_memory, named, platform_of, served
+from bench.common.shapes import LLAMA_3_8B, MODELS, RANKS, cases
+from bench.common.timing import Machine, Verdict, measure_machine
 
 
 def _write(path: Path, machine: Machine, device: torch.device, **rows: object) -> None:
@@ -49,8 +49,8 @@ def _judge(verdicts: Iterable[Verdict], device: torch.device) -> bool:
 
 def _polar(ranks: tuple[int, ...], seconds: float, machine: Machine, output: Path, device: torch.device) -> bool:
     # Here and below, what a table needs is imported when it runs: the adapter's loads libraries of whole models.
-    from bench import polar
-    from bench.plot import save_polar_plot
+    from bench.stiefel import polar
+    from bench.stiefel.plot import save_polar_plot
 
     print("\nPolar factor of a batch of float32 factors.")
     for model in MODELS:
@@ -68,8 +68,8 @@ def _polar(ranks: tuple[int, ...], seconds: float, machine: Machine, output: Pat
 def _step(
     ranks: tuple[int, ...], seconds: float, machine: Machine, output: Path, device: torch.device, memory: bool
 ) -> bool:
-    from bench import retract, step
-    from bench.plot import save_step_plot
+    from bench.stiefel import retract, step
+    from bench.stiefel.plot import save_step_plot
 
     projections = ", ".join(f"{name} {m}×{n}" for name, (m, n) in LLAMA_3_8B.projections.items())
     print(f"\nProject and retract, the factors of the linear layers of a {LLAMA_3_8B.name} ({projections}), float32.")
@@ -101,7 +101,8 @@ def _step(
 
 
 def _adapter(full: bool, seconds: float, machine: Machine, output: Path, device: torch.device, memory: bool) -> bool:
-    from bench import adapter, adapter_model
+    from bench.adapter import layer as adapter
+    from bench.adapter import model as adapter_model
 
     print(f"\n{adapter.title(device)}\n{adapter.FORMULA}\n{adapter.HEADER}", flush=True)
     rows = []

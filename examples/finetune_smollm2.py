@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from bench.published import PublishedGeometry
+from bench.stiefel.published import PublishedGeometry
 from examples.movie_reviews import Prompts, Review, load_reviews, random_batches, split
 from examples.smollm2 import load_smollm2
 from examples.step_clock import Split, StepClock

@@ -8,8 +8,8 @@ from types import ModuleType
 from . import functional, nn, optim
 from .functional import polar, stella_adapter, stella_linear
 from .nn import StellaLinear
-
-__version__ = "0.1.0"
+from .triton_kernels import registration as _registration  # noqa: F401  (for CUDA tensors; imports no Triton)
+from .version import __version__
 
 __all__ = [
     "StellaLinear",

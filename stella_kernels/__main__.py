@@ -14,9 +14,11 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, backends, ops
-from .case_table import cases
-from .verification import Result, check, implementations
+from .operators import backends
+from .operators.signatures import OPERATORS
+from .verification.case_table import cases
+from .verification.judge import Result, check, implementations
+from .version import __version__
 
 
 def _processor() -> str:
@@ -76,7 +78,7 @@ def describe() -> dict[str, object]:
                     "backend": backends.serving(operator, device),
                     "why not": backends.passed_over(operator, device),
                 }
-                for operator in ops.REFERENCE
+                for operator in OPERATORS
             }
             for device in devices
         },
@@ -163,7 +165,7 @@ def compile_report(chips: list[str] | None, ranks: list[int] | None, kernels: st
     if importlib.util.find_spec("triton") is None:
         print("Triton is not installed, so that nothing can be compiled; pip install triton")
         return 2
-    module = importlib.import_module("stella_kernels.triton_kernels.compile_report")
+    module = importlib.import_module("stella_kernels.triton_kernels.report.compile_report")
     if unknown := sorted(set(chips or ()) - set(module.CHIPS)):
         print(f"--chips: found {' '.join(unknown)}, wanted some of {' '.join(module.CHIPS)}")
         return 2
@@ -172,8 +174,14 @@ def compile_report(chips: list[str] | None, ranks: list[int] | None, kernels: st
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m stella_kernels", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = argparse.ArgumentParser(
+        prog="python -m stella_kernels",
+        description="What this machine has, and whether what it computes is right.",
+        epilog="Start with info, then verify. Benchmarks are run from a checkout: python -m bench --help. "
+        "COMMAND --help tells of a command's options.",
+    )
+    parser.add_argument("--version", action="version", version=f"stella_kernels {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     about = commands.add_parser("info", help="what this machine has and which backend serves which operator")
     about.add_argument("--json", action="store_true", help="as JSON")
     proof = commands.add_parser("verify", help="every available backend against the float64 reference")
@@ -184,6 +192,9 @@ def main(arguments: list[str] | None = None) -> int:
     compiled.add_argument("--kernels", default="", help="only those whose name contains this")
     compiled.add_argument("--candidates", action="store_true", help="also what autotuning may choose on a GPU")
     parsed = parser.parse_args(arguments)
+    if parsed.command is None:
+        parser.print_help()
+        return 0
     if parsed.command == "compile-report":
         return compile_report(parsed.chips, parsed.ranks, parsed.kernels, parsed.candidates)
     return info(parsed.json) if parsed.command == "info" else verify(parsed.quick)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .autograd import StellaAdapterFunction, StellaLinearFunction
 from .checks import METHODS, check_choice, check_float_tensor, check_tall
-from .ops import INFO_COLUMNS
+from .operators.autograd import StellaAdapterFunction, StellaLinearFunction
+from .operators.status import INFO_COLUMNS
 
 __all__ = ["join_adapters", "polar", "stella_adapter", "stella_linear"]
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_matrices import orthonormal
 from torch import Tensor, nn
 
 import stella_kernels as sk
 from stella_kernels.diagnostics import Recorder, orthonormality, principal_angles
 from stella_kernels.nn import StellaLinear, StiefelFactor, stiefel_factors
 from stella_kernels.optim import attach
+from tests.random_matrices import orthonormal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

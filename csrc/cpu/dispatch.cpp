@@ -3,7 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "kernels.h"
+#include "common/kernels.h"
 
 namespace stella {
 

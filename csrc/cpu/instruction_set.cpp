@@ -1,9 +1,9 @@
 // Everything above, compiled for one instruction set, as a table of functions.
-#include "adamw.h"
-#include "adapter.h"
-#include "gradient.h"
-#include "polar.h"
-#include "retract.h"
+#include "adapter/adapter.h"
+#include "stiefel/adamw/adamw.h"
+#include "stiefel/gradient.h"
+#include "stiefel/polar.h"
+#include "stiefel/retract.h"
 
 namespace stella::STELLA_ISA {
 namespace {

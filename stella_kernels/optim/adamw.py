@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.adamw import adamw
 
-from .. import ops
 from ..checks import NonFiniteError, check_choice
 from ..nn import StiefelFactor, stiefel_factors
+from ..operators.status import INFO_COLUMNS, STATUS_OK
 from ..reference import stiefel
 from . import targets
 from .coupling import Couplings
@@ -300,7 +300,7 @@ class StellaAdamW(AdamW):
         if len(infos) == 1:
             info = infos[0]
         else:
-            info = torch.empty(len(active), ops.INFO_COLUMNS, dtype=torch.float64)
+            info = torch.empty(len(active), INFO_COLUMNS, dtype=torch.float64)
             for call, rows in zip(plan.calls, infos, strict=True):
                 info[call.positions] = rows
         self._finish(active, info)
@@ -322,8 +322,8 @@ class StellaAdamW(AdamW):
         status = info[:, 0].tolist()
         done, skipped, stuck = active, [], []
         if any(status):
-            done = [slot for slot, s in zip(active, status, strict=True) if s == ops.STATUS_OK]
-            others = [slot for slot, s in zip(active, status, strict=True) if s != ops.STATUS_OK]
+            done = [slot for slot, s in zip(active, status, strict=True) if s == STATUS_OK]
+            others = [slot for slot, s in zip(active, status, strict=True) if s != STATUS_OK]
             skipped = [slot for slot in others if not bool(slot.gradient().isfinite().all())]
             stuck = [slot for slot in others if slot not in skipped]
             if not self.skip_nonfinite:

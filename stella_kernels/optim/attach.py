@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import ops
 from ..checks import METHODS, NonFiniteError, check_choice
 from ..nn import StiefelFactor
+from ..operators.status import INFO_COLUMNS, STATUS_NON_FINITE, STATUS_OK
 from ..reference import stiefel
 from . import targets
 from .adamw import StellaAdamW
@@ -202,7 +202,7 @@ class Attachment:
                 [gradients[i] for i in group], [self._views[i] for i in group], [self._buffer(i) for i in group]
             )
             if bool(info[:, 0].any()):
-                self._refuse_non_finite([i for i, row in zip(group, info, strict=True) if row[0] != ops.STATUS_OK])
+                self._refuse_non_finite([i for i, row in zip(group, info, strict=True) if row[0] != STATUS_OK])
         for group in groups if self._quotient is not None else ():
             torch._foreach_copy_([self._buffer(i) for i in group], [self._views[i] for i in group])
         self._active = active
@@ -213,7 +213,7 @@ class Attachment:
             return
         active, self._active = self._active, None
         self._follow_parameters()
-        info = torch.zeros(len(self.factors), ops.INFO_COLUMNS, dtype=torch.float64, device="cpu")
+        info = torch.zeros(len(self.factors), INFO_COLUMNS, dtype=torch.float64, device="cpu")
         try:
             if self._quotient is not None:
                 before = {i: self._buffer(i) for i in active}
@@ -232,13 +232,13 @@ class Attachment:
             "All factors were put back to their values before this step; the other parameters and the optimizer's "
             "state have taken it, so go on from a checkpoint"
         )
-        names = [self.factors[i].name for i in active if status[i] == ops.STATUS_NON_FINITE]
+        names = [self.factors[i].name for i in active if status[i] == STATUS_NON_FINITE]
         if names:
             raise NonFiniteError(
                 f"optimizer.step() moved {', '.join(names)} to NaN or an infinity. {back}, with a lower learning rate.",
                 names,
             )
-        names = [self.factors[i].name for i in active if status[i] != ops.STATUS_OK]
+        names = [self.factors[i].name for i in active if status[i] != STATUS_OK]
         raise RuntimeError(
             f"the polar retraction with method={self._method!r} did not converge for {', '.join(names)}. "
             f"{back}, with method='auto' or 'svd'."
@@ -319,12 +319,12 @@ class Attachment:
         rows: list[list[float]] = []
         for new, old, divisor in zip(moved, previous, divisors, strict=True):
             if not bool(new.isfinite().all()):
-                rows.append([ops.STATUS_NON_FINITE, float("nan"), 0.0, float("nan")])
+                rows.append([STATUS_NON_FINITE, float("nan"), 0.0, float("nan")])
                 continue
             wide = torch.float32 if new.dtype in targets.HALF_DTYPES else new.dtype
             Q = stiefel.project_retract(old.to(wide), new.to(wide), divisor, self._retraction)  # (n, r)
             residual = float(stiefel.orthonormality_error(Q))
-            status = ops.STATUS_OK if residual < float("inf") else ops.STATUS_NON_FINITE
+            status = STATUS_OK if residual < float("inf") else STATUS_NON_FINITE
             rows.append([status, residual, 0.0, float("nan")])
             new.copy_(Q)
         return torch.tensor(rows, dtype=torch.float64, device="cpu")

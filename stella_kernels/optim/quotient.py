@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..checks import NonFiniteError
 from ..nn import StiefelFactor
+from ..operators.status import INFO_COLUMNS, STATUS_NON_FINITE, STATUS_OK
 from ..reference import quotient, stiefel
 from ..reference.quotient import Triple
 from . import targets
@@ -132,7 +132,7 @@ class QuotientStep:
                 Q, rows[index] = self._retracted(Y, move)
                 views[index].copy_(Q)
             p.core.detach().copy_(point[1] + xi[1])
-        return torch.tensor([rows[i] for i in before], dtype=torch.float64).reshape(-1, ops.INFO_COLUMNS)
+        return torch.tensor([rows[i] for i in before], dtype=torch.float64).reshape(-1, INFO_COLUMNS)
 
     def restore(self) -> None:
         """Give every S of the step under way its value before it."""
@@ -145,7 +145,7 @@ class QuotientStep:
             return Q, info[0].tolist()
         Q = stiefel.RETRACTIONS[self._retraction](Y, move)  # (n, r)
         residual = float(stiefel.orthonormality_error(Q))
-        status = ops.STATUS_OK if residual < float("inf") else ops.STATUS_NON_FINITE
+        status = STATUS_OK if residual < float("inf") else STATUS_NON_FINITE
         return Q, [status, residual, 0.0, float("nan")]
 
 

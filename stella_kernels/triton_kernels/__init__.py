@@ -1,1 +1,1 @@
-"""The GPU kernels, in Triton: importing this imports Triton, which ``triton_backend.py`` does at the first call."""
+"""The GPU kernels, in Triton, which the rooms below import; ``registration.py`` does at an operator's first call."""

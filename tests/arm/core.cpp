@@ -2,8 +2,8 @@
 #include <cstddef>
 #include <vector>
 
-#include "adapter_schedule.h"
-#include "schedule.h"
+#include "adapter/schedule.h"
+#include "stiefel/schedule.h"
 
 using stella::MatrixView;
 

@@ -11,25 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stella_kernels.operators import signatures
 from stella_kernels.reference import philox
-
-from .emulator import Machine
+from tests.arm.emulator import Machine
 
 _STORAGES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _METHODS = {"auto": 0, "newton_schulz": 1, "svd": 2}
 
 
 class Arm64:
-    """Each operator of ``ops.py`` that has a CPU kernel, by the same name; arguments are right, nothing is checked."""
+    """Each operator, by its name; arguments are right, nothing is checked."""
 
     def __init__(self, program: Path) -> None:
         self._machine = Machine(program)
         self._places: dict[int, tuple[Tensor, int]] = {}  # a storage's memory and its place there
 
     def operators(self) -> dict[str, Callable[..., Any]]:
-        names = ("polar", "riemannian_gradient_", "project_retract_", "stella_adamw_")
-        names += ("philox_dropout", "adapter_forward_", "adapter_product", "adapter_backward_")
-        return {name: getattr(self, name) for name in names}
+        return {each.name: signatures.positional(each, getattr(self, each.name)) for each in signatures.SIGNATURES}
 
     # ---- the emulated memory -----------------------------------------------------------------------------------------
 
@@ -67,47 +65,36 @@ class Arm64:
 
     # ---- the operators -----------------------------------------------------------------------------------------------
 
-    def polar(self, M: Tensor, method: str) -> tuple[Tensor, Tensor]:
-        Q = torch.full(M.shape, torch.nan, dtype=M.dtype)
-        info = torch.full((M.shape[:-2].numel(), 4), torch.nan, dtype=torch.float64)
-        batch = list(itertools.product(*map(range, M.shape[:-2])))
-        views = [self._views([t[i] for i in batch]) for t in (M, Q)]
-        self._run("polar", *views, len(info), _METHODS[method], self._place(info))
+    def polar(self, a: signatures.Polar) -> tuple[Tensor, Tensor]:
+        Q = torch.full(a.M.shape, torch.nan, dtype=a.M.dtype)
+        info = torch.full((a.M.shape[:-2].numel(), 4), torch.nan, dtype=torch.float64)
+        batch = list(itertools.product(*map(range, a.M.shape[:-2])))
+        views = [self._views([t[i] for i in batch]) for t in (a.M, Q)]
+        self._run("polar", *views, len(info), _METHODS[a.method], self._place(info))
         return Q, info
 
-    def riemannian_gradient_(self, gradients: list[Tensor], factors: list[Tensor], snapshots: list[Tensor]) -> Tensor:
-        info = torch.full((len(factors), 4), torch.nan, dtype=torch.float64)
-        views = [self._views(each) if each else 0 for each in (gradients, factors, snapshots)]
+    def riemannian_gradient_(self, a: signatures.RiemannianGradient) -> Tensor:
+        info = torch.full((len(a.factors), 4), torch.nan, dtype=torch.float64)
+        views = [self._views(each) if each else 0 for each in (a.gradients, a.factors, a.snapshots)]
         self._run("riemannian_gradient", *views, len(info), self._place(info))
         return info
 
-    def project_retract_(
-        self, moved: list[Tensor], previous: list[Tensor], divisors: list[float], method: str
-    ) -> Tensor:
-        info = torch.full((len(moved), 4), torch.nan, dtype=torch.float64)
-        arguments = self._views(moved), self._views(previous), self._doubles(divisors)
-        self._run("project_retract", *arguments, len(info), _METHODS[method], self._place(info))
+    def project_retract_(self, a: signatures.ProjectRetract) -> Tensor:
+        info = torch.full((len(a.moved), 4), torch.nan, dtype=torch.float64)
+        arguments = self._views(a.moved), self._views(a.previous), self._doubles(a.divisors)
+        self._run("project_retract", *arguments, len(info), _METHODS[a.method], self._place(info))
         return info
 
-    def stella_adamw_(
-        self,
-        factors: list[Tensor],
-        gradients: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        couplings: list[Tensor],
-        hyperparameters: Tensor,
-        skip_nonfinite: bool,
-    ) -> Tensor:
-        info = torch.full((len(factors), 4), torch.nan, dtype=torch.float64)
-        tensors = [t for job in zip(factors, gradients, exp_avgs, exp_avg_sqs, strict=True) for t in job]
+    def stella_adamw_(self, a: signatures.StellaAdamWStep) -> Tensor:
+        info = torch.full((len(a.factors), 4), torch.nan, dtype=torch.float64)
+        tensors = [t for job in zip(a.factors, a.gradients, a.exp_avgs, a.exp_avg_sqs, strict=True) for t in job]
         settings = []
-        for rate, beta1, beta2, eps, step, divisor, sign in hyperparameters.tolist():
+        for rate, beta1, beta2, eps, step, divisor, sign in a.hyperparameters.tolist():
             settings += [rate, beta1, beta2, eps, 1.0 - beta1**step, 1.0 - beta2**step, divisor, sign]
-        known = [self._doubles(K.double().flatten().tolist()) if K.numel() else 0 for K in couplings]
+        known = [self._doubles(K.double().flatten().tolist()) if K.numel() else 0 for K in a.couplings]
         addresses = self._machine.put(struct.pack(f"<{len(known)}Q", *known))
         arguments = self._views(tensors), self._doubles(settings), addresses
-        self._run("stella_adamw", *arguments, len(info), int(skip_nonfinite), self._place(info))
+        self._run("stella_adamw", *arguments, len(info), int(a.skip_nonfinite), self._place(info))
         return info
 
     def _dropout(self, p: float, seed: Tensor | None) -> int:
@@ -116,64 +103,40 @@ class Arm64:
         scale = 1.0 / (1.0 - p) if p < 1.0 else torch.inf
         return self._machine.put(struct.pack("<qQdi4x", int(seed), philox.keep_threshold(p), scale, 1))
 
-    def philox_dropout(self, x: Tensor, p: float, seed: Tensor) -> Tensor:
-        out = torch.full(x.shape, torch.nan, dtype=x.dtype)
-        rows = x.reshape(-1, x.shape[-1])
-        self._run("philox_dropout", self._views((rows, out.view(rows.shape))), self._dropout(p, seed))
+    def philox_dropout(self, a: signatures.PhiloxDropout) -> Tensor:
+        out = torch.full(a.x.shape, torch.nan, dtype=a.x.dtype)
+        rows = a.x.reshape(-1, a.x.shape[-1])
+        self._run("philox_dropout", self._views((rows, out.view(rows.shape))), self._dropout(a.p, a.seed))
         return out
 
-    def adapter_forward_(
-        self, y: Tensor, x: Tensor, U: Tensor, S: Tensor, Vt: Tensor, scale: float, p: float, seed: Tensor | None
-    ) -> Tensor:
-        return self._forward(y, x, None, True, U, S, Vt, scale, p, seed)
+    def adapter_forward_(self, a: signatures.AdapterForward) -> Tensor:
+        return self._forward(a.y, None, True, a)
 
-    def adapter_product(
-        self, x: Tensor, b: Tensor | None, U: Tensor, S: Tensor, Vt: Tensor, scale: float, p: float, seed: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        y = torch.full((x.shape[0], U.shape[0]), torch.nan, dtype=x.dtype)
-        return y, self._forward(y, x, b, False, U, S, Vt, scale, p, seed)
+    def adapter_product(self, a: signatures.AdapterProduct) -> tuple[Tensor, Tensor]:
+        y = torch.full((a.x.shape[0], a.U.shape[0]), torch.nan, dtype=a.x.dtype)
+        return y, self._forward(y, a.b, False, a)
 
     def _forward(
         self,
         y: Tensor,
-        x: Tensor,
         b: Tensor | None,
         accumulate: bool,
-        U: Tensor,
-        S: Tensor,
-        Vt: Tensor,
-        scale: float,
-        p: float,
-        seed: Tensor | None,
+        a: signatures.AdapterForward | signatures.AdapterProduct,
     ) -> Tensor:
-        A = torch.full((x.shape[0], U.shape[1]), torch.nan, dtype=y.dtype)
-        views = self._views((x, y, A, b, U, Vt.mT, S))
-        self._run(
-            "adapter_forward", views, int(accumulate), S.dim() == 1, self._doubles([scale]), self._dropout(p, seed)
-        )
+        A = torch.full((a.x.shape[0], a.U.shape[1]), torch.nan, dtype=y.dtype)
+        views = self._views((a.x, y, A, b, a.U, a.Vt.mT, a.S))
+        numbers, dropout = self._doubles([a.scale]), self._dropout(a.p, a.seed)
+        self._run("adapter_forward", views, int(accumulate), a.S.dim() == 1, numbers, dropout)
         return A
 
-    def adapter_backward_(
-        self,
-        grad_x: Tensor | None,
-        beta: float,
-        grad_y: Tensor,
-        x: Tensor,
-        A: Tensor,
-        U: Tensor,
-        S: Tensor,
-        Vt: Tensor,
-        scale: float,
-        p: float,
-        seed: Tensor | None,
-        needed: list[bool],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def adapter_backward_(self, a: signatures.AdapterBackward) -> tuple[Tensor, Tensor, Tensor]:
         grads = [
             torch.full(t.shape if need else (0,), torch.nan, dtype=t.dtype)
-            for t, need in zip((U, S, Vt), needed, strict=True)
+            for t, need in zip((a.U, a.S, a.Vt), a.needed, strict=True)
         ]
-        of_U, of_S, of_V = (grad if need else None for grad, need in zip(grads, needed, strict=True))
+        of_U, of_S, of_V = (grad if need else None for grad, need in zip(grads, a.needed, strict=True))
         own = of_U, None if of_V is None else of_V.mT, of_S
-        views = self._views((grad_y, x, A, grad_x, U, Vt.mT, S, *own))
-        self._run("adapter_backward", views, S.dim() == 1, self._doubles([scale, beta]), self._dropout(p, seed))
+        views = self._views((a.grad_y, a.x, a.A, a.grad_x, a.U, a.Vt.mT, a.S, *own))
+        numbers, dropout = self._doubles([a.scale, a.beta]), self._dropout(a.p, a.seed)
+        self._run("adapter_backward", views, a.S.dim() == 1, numbers, dropout)
         return grads[0], grads[1], grads[2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from stella_kernels.case_table import Case, cases
-from stella_kernels.verification import check
+from stella_kernels.verification.case_table import Case, cases
+from stella_kernels.verification.judge import check
 
 pytest.importorskip("unicorn", reason="make test-arm brings the emulator and a compiler for other processors")
 pytest.importorskip("ziglang")
@@ -24,6 +25,7 @@ from tests.arm.operators import Arm64
 
 PROGRAM = Path(os.environ["STELLA_KERNELS_ARM"])
 CSRC = Path(__file__).parents[2] / "csrc" / "cpu"
+SOURCES = sorted(str(path.relative_to(CSRC)) for path in CSRC.rglob("*.cpp") if path.stem != "build_info")
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +59,17 @@ def test_products_are_of_vectors() -> None:
 
 
 @pytest.mark.parametrize("target", ["aarch64-linux-gnu", "aarch64-macos", "x86_64-macos"])
-@pytest.mark.parametrize("source", sorted(path.name for path in CSRC.glob("*.cpp") if path.stem != "build_info"))
+@pytest.mark.parametrize("source", SOURCES)
 def test_compiles_for(target: str, source: str, tmp_path: Path) -> None:
     """Operators and kernels, without linking; ``build_info.cpp`` needs that system's Python."""
     import ziglang
 
     compiler = Path(ziglang.__file__).parent / "zig"
     definitions = ["-DSTELLA_ISA=baseline", "-DSTELLA_VECTOR_BYTES=16", "-DTORCH_TARGET_VERSION=0x020A000000000000"]
-    includes = [f"-I{CSRC}", "-isystem", str(Path(torch.__file__).parent / "include")]
+    generator, signatures = CSRC / "torch" / "generate_signatures.py", tmp_path / "signatures.h"
+    defined = CSRC.parents[1] / "stella_kernels" / "operators" / "signatures.py"
+    subprocess.run([sys.executable, str(generator), str(defined), str(signatures)], check=True)
+    includes = [f"-I{CSRC}", f"-I{tmp_path}", "-isystem", str(Path(torch.__file__).parent / "include")]
     warnings = ["-Wall", "-Wextra", "-Wno-psabi", "-Werror"]
     command = [str(compiler), "c++", "-target", target, "-std=c++17", "-c", *warnings, *definitions]
     done = subprocess.run(

@@ -1,0 +1,140 @@
+// The whole Riemannian AdamW step of one factor: Riemannian gradient, moments, gradient scaling, tangent projection,
+// polar retraction. The factor is read twice (three times where gradient^T factor is not known), the gradient once
+// (twice), the moments once; between the passes the steps are kept, a factor's worth and its padding.
+#pragma once
+
+#include "stiefel/adamw/columns.h"
+#include "stiefel/adamw/panels.h"
+#include "stiefel/adamw/rows.h"
+#include "stiefel/retract.h"
+
+namespace stella::STELLA_ISA {
+namespace {
+
+// Calls body with the passes that serve this job, over rows [begin, end).
+template <typename Body>
+void with_adamw_passes(const AdamwJob& job, int64_t begin, int64_t end, Body&& body) {
+  with_arithmetic(job.factor, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (std::is_same_v<T, float>) {
+      if (adamw_by_rows(job)) {
+        RowPasses passes(job, begin, end);
+        return body(passes);
+      }
+    }
+    if (adamw_by_columns<T>(job)) {
+      ColumnPasses<T> passes(job, begin, end);
+      return body(passes);
+    }
+    PanelPasses<T> passes(job, begin, end);
+    body(passes);
+  });
+}
+
+StepsLayout steps_layout(const AdamwJob& job) {
+  return StepsLayout(job, job.factor.storage == Storage::float64 ? 8 : 4, adamw_by_rows(job));
+}
+
+int64_t adamw_steps_bytes(const AdamwJob& job) {
+  return steps_layout(job).size() * (job.factor.storage == Storage::float64 ? 8 : 4);
+}
+
+// -(gradient^T Y) from coupling = Y^T gradient: gradient_j - sum_i Y_i (gradient^T Y)[i, j] is what is wanted.
+const double* negative_of(const double* coupling, int64_t r) {
+  double* negative = scratch().square[5].reserve<double>(r * r);
+  for (int64_t i = 0; i < r; ++i)
+    for (int64_t j = 0; j < r; ++j) negative[i * r + j] = -coupling[j * r + i];
+  return negative;
+}
+
+template <typename T>
+bool adamw_coefficients(const AdamwJob& job, const double* gram, double* coefficients, Outcome* outcome) {
+  const double limit = std::is_same_v<T, float> ? kFloatConditionLimit : kDoubleConditionLimit;
+  return retract_coefficients<T>(gram, job.factor.r, limit, coefficients, outcome);
+}
+
+bool adamw_solve(const AdamwJob& job, const double* gram, double* coefficients, Outcome* outcome) {
+  *outcome = Outcome();
+  bool solved = false;
+  with_arithmetic(job.factor,
+                  [&](auto zero) { solved = adamw_coefficients<decltype(zero)>(job, gram, coefficients, outcome); });
+  return solved;
+}
+
+// A step too large for the Gram matrix, or one that is not finite: the factor is retracted by SVD, or left alone.
+void adamw_fallback(const AdamwJob& job, const void* steps, Outcome* outcome) {
+  const int64_t n = job.factor.n, r = job.factor.r;
+  *outcome = Outcome();
+  Buffer tall;
+  double* Y = tall.reserve<double>(2 * n * r);
+  double* D = Y + n * r;
+  pack<double>(job.factor, 0, n, n, Y, n, 1.0);
+  bool finite = all_finite(job.factor, 0, n);
+  const StepsLayout layout = steps_layout(job);
+  with_arithmetic(job.factor, [&](auto zero) {
+    const auto* kept = static_cast<const decltype(zero)*>(steps);
+    for (int64_t j = 0; j < r; ++j)
+      for (int64_t i = 0; i < n; ++i) {
+        const double value = static_cast<double>(kept[layout.index(i, j)]);
+        finite = finite && is_finite(value);
+        D[j * n + i] = value;
+      }
+  });
+  if (!finite) {
+    outcome->status = Status::non_finite;
+    outcome->residual = __builtin_nan("");
+    return;
+  }
+  retract_by_svd(Y, D, job.factor, outcome);
+}
+
+void adamw(const AdamwJob& job, Outcome* outcome) {
+  const int64_t n = job.factor.n, r = job.factor.r;
+  *outcome = Outcome();
+  if (n == 0 || r == 0) return;
+  with_adamw_passes(job, 0, n, [&](auto& passes) {
+    using T = typename std::decay_t<decltype(passes)>::Value;
+    Scratch& s = scratch();
+    double* coupling = s.gram.reserve<double>(4 * r * r);
+    if (job.coupling) {
+      for (int64_t i = 0; i < r; ++i)
+        for (int64_t j = 0; j < r; ++j) coupling[j * r + i] = job.coupling[i * r + j];
+    } else {
+      for (int64_t i = 0; i < r * r; ++i) coupling[i] = 0.0;
+      passes.coupling(coupling);
+    }
+    const int64_t steps_size = steps_layout(job).size();
+    T* steps = passes.steps_in_panels() ? nullptr : s.steps.reserve<T>(steps_size);
+    double* gram = s.second_gram.reserve<double>(4 * r * r);
+    for (int64_t i = 0; i < 4 * r * r; ++i) gram[i] = 0.0;
+    passes.step(negative_of(coupling, r), steps, gram);
+    double* coefficients = s.gram.reserve<double>(2 * r * r);
+    if (adamw_coefficients<T>(job, gram, coefficients, outcome)) return passes.update(steps, coefficients);
+    if (!steps) {
+      steps = s.steps.reserve<T>(steps_size);
+      passes.keep_steps(steps);
+    }
+    adamw_fallback(job, steps, outcome);
+  });
+}
+
+void adamw_coupling(const AdamwJob& job, int64_t begin, int64_t end, double* coupling) {
+  with_adamw_passes(job, begin, end, [&](auto& passes) { passes.coupling(coupling); });
+}
+
+void adamw_step(const AdamwJob& job, int64_t begin, int64_t end, const double* coupling, void* steps, double* gram) {
+  with_adamw_passes(job, begin, end, [&](auto& passes) {
+    using T = typename std::decay_t<decltype(passes)>::Value;
+    passes.step(negative_of(coupling, job.factor.r), static_cast<T*>(steps), gram);
+  });
+}
+
+void adamw_update(const AdamwJob& job, int64_t begin, int64_t end, const void* steps, const double* coefficients) {
+  with_adamw_passes(job, begin, end, [&](auto& passes) {
+    using T = typename std::decay_t<decltype(passes)>::Value;
+    passes.update(static_cast<const T*>(steps), coefficients);
+  });
+}
+
+}  // namespace
+}  // namespace stella::STELLA_ISA

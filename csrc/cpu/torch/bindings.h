@@ -1,0 +1,64 @@
+// What the operators share on torch's stable ABI.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "stiefel/schedule.h"
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace stella::bindings {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline const Pool& pool() {
+  static thread_local Pool p;
+  p.threads = torch::stable::get_num_threads();
+  if (!p.parallel_for)
+    p.parallel_for = [](int64_t count, const std::function<void(int64_t)>& body) {
+      torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) body(i);
+      });
+    };
+  return p;
+}
+
+inline Storage storage_of(const Tensor& t, const char* argument) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Storage::float32;
+    case ScalarType::Double:
+      return Storage::float64;
+    case ScalarType::BFloat16:
+      return Storage::bfloat16;
+    case ScalarType::Half:
+      return Storage::float16;
+    default:
+      STD_TORCH_CHECK(false, argument, ": wanted dtype float32, float64, bfloat16 or float16; convert it first.");
+  }
+}
+
+inline void* data_of(const Tensor& t) { return t.mutable_data_ptr(); }
+
+// A large result is fresh memory: faulting it in by 4 KiB pages takes longer than the kernel that fills it.
+inline void prefer_huge_pages(void* data, int64_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kHugePage = 2u << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: failure is harmless
+#else
+  (void)data;
+  (void)bytes;
+#endif
+}
+
+constexpr int64_t kStreamedBytes = 16 << 20;  // results larger than this are written past the cache
+
+}  // namespace stella::bindings

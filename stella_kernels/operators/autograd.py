@@ -1,0 +1,247 @@
+"""How gradients flow through the operators: the adapter's two autograd functions and the polar factor's gradient.
+
+The equations are those of ``reference/adapter.py``. Saved for backward are x, A (T, r), the factors, the dropout seed
+and the base weight, all but A alive already: never a mask, a dropped copy of x or anything of size (T, m).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import registration as _registration  # noqa: F401  (defines the operators)
+from .base_product import accumulate_product, library_computes_in
+
+_kernels = torch.ops.stella_kernels
+
+_Gradients = tuple[Tensor | None, ...]
+
+_TWICE = (
+    "stella_kernels: a second derivative was asked for; the adapter and the polar factor are differentiable once. "
+    "Detach the first gradient, or write the formula in plain torch (stella_kernels.reference) where it is needed."
+)
+
+
+class _RefusesDerivatives(torch.autograd.Function):
+    """The first ``count`` tensors, as results of what follows them: whoever differentiates them by those is told."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> _Gradients:
+        return tuple(None if t is None else t.detach() for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> _Gradients:
+        raise RuntimeError(_TWICE)
+
+
+def _differentiable_once(backward: Callable[..., _Gradients]) -> Callable[..., _Gradients]:
+    """``backward(ctx, saved, *grads)``, whose results raise RuntimeError when they are differentiated in turn.
+
+    torch's own once_differentiable cuts the results off from the saved tensors, so that a second derivative by one of
+    them comes out as zero, silently. ``saved`` is ``ctx.saved_tensors``, which checkpointing lets one read once only.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Tensor | None) -> _Gradients:
+        saved = ctx.saved_tensors
+        with torch.no_grad():
+            results = backward(ctx, saved, *grads)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # enabled in backward by create_graph=True
+            return results
+        raiser: Any = _RefusesDerivatives.apply
+        return raiser(len(results), *results, *grads, *saved)
+
+    return wrapper
+
+
+def _refuse_batched_gradients(grad_y: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return  # the compiler met the transform on the way forward
+    if torch._C._functorch.is_batchedtensor(grad_y) or torch._C._functorch.is_legacy_batchedtensor(grad_y):
+        raise NotImplementedError(
+            "stella_kernels: the gradient of an adapter was asked for a batch of output gradients (vmap, "
+            "is_grads_batched=True, vectorize=True), wanted one at a time; loop over them."
+        )
+
+
+def _adapter_gradients(
+    ctx: Any,
+    grad_x: Tensor | None,
+    beta: float,
+    grad_y: Tensor,
+    saved: tuple[Tensor, ...],
+    needed: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """∂U, ∂S, ∂Vᵀ where ``needed``, else None; grad_x = beta grad_x + the adapter's part, in place."""
+    x, A, U, S, Vt, seed = saved  # x (T, n)
+    if not (any(needed) or grad_x is not None):
+        return None, None, None
+    grads = _kernels.adapter_backward_(grad_x, beta, grad_y, x, A, U, S, Vt, ctx.scale, ctx.p, seed, needed)
+    return tuple(g if need else None for g, need in zip(grads, needed, strict=True))  # type: ignore[return-value]
+
+
+def _recomputed(ctx: Any, grad_y: Tensor, x: Tensor, U: Tensor, S: Tensor, Vt: Tensor, seed: Tensor | None) -> Tensor:
+    """A = d(x) V (T, r) once more, as the forward pass had it: the adapter of an output without columns."""
+    y = grad_y.new_empty((x.shape[0], 0))
+    return _kernels.adapter_forward_(y, x, U[:0], S, Vt, ctx.scale, ctx.p, seed)
+
+
+_FEW_WEIGHTS = 1 << 21  # weights have as many at least before their product comes first
+
+
+def _adapter_goes_first(x: Tensor, W: Tensor) -> bool:
+    """Whether the base product is to be accumulated into the adapter's, instead of the other way round.
+
+    On the CPU that spares one reading of y, and of grad_x: a gain beside a small weight's product. A large one's loses
+    more by accumulating than that (measured at 4096 × 4096 and 2048 rows: 25 ms of 370 against 3), unless it is in a
+    half precision that the library has no kernels for.
+    """
+    if x.device.type != "cpu" or x.dtype != W.dtype or torch.is_autocast_enabled("cpu"):
+        return False
+    if W.numel() < _FEW_WEIGHTS:
+        return True
+    # what the library has cannot be asked while a graph is traced; the compiler makes the product itself
+    return not torch.compiler.is_compiling() and not library_computes_in(x.dtype)
+
+
+class StellaLinearFunction(torch.autograd.Function):
+    """y = x Wᵀ + b + s d(x) V Sᵀ Uᵀ as one node: x (..., n), y (T, m)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        U: Tensor,
+        S: Tensor,
+        Vt: Tensor,
+        scale: float,
+        p: float,
+        seed: Tensor | None,
+        recompute: bool,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])  # (T, n), a view wherever x's strides allow one; x itself is saved
+        if _adapter_goes_first(x, W):
+            y, A = _kernels.adapter_product(rows, b, U, S, Vt, scale, p, seed)  # (T, m), (T, r)
+            accumulate_product(y, rows, W.mT)
+        else:
+            y = F.linear(rows, W, b)  # (T, m), in autocast's dtype inside autocast
+            A = _kernels.adapter_forward_(y, rows, U, S, Vt, scale, p, seed)  # (T, r)
+        ctx.save_for_backward(x, W, None if recompute else A, U, S, Vt, seed)
+        ctx.scale, ctx.p = scale, p
+        ctx.bias_dtype = None if b is None else b.dtype
+        return y
+
+    @staticmethod
+    @_differentiable_once
+    def backward(ctx: Any, saved: tuple[Any, ...], grad_y: Tensor) -> _Gradients:
+        _refuse_batched_gradients(grad_y)
+        x, W, A, U, S, Vt, seed = saved
+        need_x, need_W, need_b, *need_factors = ctx.needs_input_grad[:6]
+        rows = x.reshape(-1, x.shape[-1])  # (T, n)
+        first = need_x and _adapter_goes_first(grad_y, W)
+        grad_x = (
+            None if not need_x else grad_y.new_empty(rows.shape) if first else grad_y @ W.to(grad_y.dtype)
+        )  # (T, n)
+        grad_W = (grad_y.mT @ rows.to(grad_y.dtype)).to(W.dtype) if need_W else None
+        grad_b = grad_y.sum(0, dtype=ctx.bias_dtype) if need_b else None
+        if A is None:
+            A = _recomputed(ctx, grad_y, rows, U, S, Vt, seed)
+        terms = (rows, A, U, S, Vt, seed)
+        factors = _adapter_gradients(ctx, grad_x, 0.0 if first else 1.0, grad_y, terms, need_factors)
+        if grad_x is not None and first:
+            accumulate_product(grad_x, grad_y, W)
+        if grad_x is not None:
+            grad_x = grad_x.to(x.dtype).view(x.shape)
+        return grad_x, grad_W, grad_b, *factors, None, None, None, None
+
+
+class StellaAdapterFunction(torch.autograd.Function):
+    """y += s d(x) V Sᵀ Uᵀ in place on the output of an opaque base: x (..., n), y (..., m)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        U: Tensor,
+        S: Tensor,
+        Vt: Tensor,
+        scale: float,
+        p: float,
+        seed: Tensor | None,
+        recompute: bool,
+    ) -> Tensor:
+        if torch.compiler.is_compiling():
+            # the compiler loses the order of the gradients where a function overwrites a view; it elides this copy
+            y = y.clone()
+        else:
+            ctx.mark_dirty(y)
+            if y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+                x = x.clone()  # backward needs it as it was, and no version counter would tell
+        rows = x.reshape(-1, x.shape[-1])  # (T, n)
+        flat = y.reshape(-1, y.shape[-1])  # (T, m), a view wherever y's strides allow one
+        A = _kernels.adapter_forward_(flat, rows, U, S, Vt, scale, p, seed)  # (T, r)
+        if not y.is_contiguous():
+            y.copy_(flat.view(y.shape))
+        ctx.save_for_backward(x, None if recompute else A, U, S, Vt, seed)
+        ctx.scale, ctx.p = scale, p
+        return y
+
+    @staticmethod
+    @_differentiable_once
+    def backward(ctx: Any, saved: tuple[Any, ...], grad_y: Tensor) -> _Gradients:
+        _refuse_batched_gradients(grad_y)
+        x, A, U, S, Vt, seed = saved
+        need_y, need_x, *need_factors = ctx.needs_input_grad[:5]
+        rows = x.reshape(-1, x.shape[-1])  # (T, n)
+        flat = grad_y.reshape(-1, grad_y.shape[-1])  # (T, m)
+        if A is None:
+            A = _recomputed(ctx, flat, rows, U, S, Vt, seed)
+        grad_x = flat.new_empty(rows.shape) if need_x else None  # (T, n)
+        factors = _adapter_gradients(ctx, grad_x, 0.0, flat, (rows, A, U, S, Vt, seed), need_factors)
+        if grad_x is not None:
+            grad_x = grad_x.to(x.dtype).view(x.shape)
+        return grad_y if need_y else None, grad_x, *factors, None, None, None, None
+
+
+def _polar_setup(ctx: Any, inputs: tuple[Tensor, str], output: tuple[Tensor, Tensor]) -> None:
+    Q, info = output
+    ctx.mark_non_differentiable(info)
+    ctx.save_for_backward(inputs[0], Q)
+
+
+@_differentiable_once
+def _polar_backward(
+    ctx: Any, saved: tuple[Tensor, ...], grad_Q: Tensor, _grad_info: Tensor | None
+) -> tuple[Tensor, None]:
+    """∇M = (Ḡ − Q K) H⁻¹ + Q L⁻¹(K − Kᵀ), with H = symm(QᵀM), K = QᵀḠ and L(Ω) = H Ω + Ω H.
+
+    From M = Q H: dM = dQ H + Q dH with Ω = QᵀdQ skew and dH symmetric, so the skew part of QᵀdM gives
+    L(Ω) = QᵀdM − dMᵀQ and the rest dQ = Q Ω + (I − QQᵀ) dM H⁻¹. L is self-adjoint and maps skew to skew; the adjoint of
+    M ↦ Q follows. In H's eigenbasis L divides entry (i, j) by hᵢ + hⱼ. Source: Higham, "Functions of Matrices" (2008),
+    chapter 8 (the polar decomposition, its derivative and conditioning). Where H is singular the gradient does not
+    exist: every entry is NaN.
+    """
+    M, Q = saved
+    wide = torch.float32 if M.dtype in (torch.bfloat16, torch.float16) else M.dtype
+    M, Q, grad = M.to(wide), Q.to(wide), grad_Q.to(wide)  # (..., n, r)
+    QtM = Q.mT @ M  # (..., r, r)
+    h, E = torch.linalg.eigh((QtM + QtM.mT) / 2)  # (..., r), (..., r, r)
+    K = Q.mT @ grad  # (..., r, r)
+    skew = E.mT @ (K - K.mT) @ E / (h.unsqueeze(-1) + h.unsqueeze(-2))
+    normal = (grad - Q @ K) @ E / h.unsqueeze(-2)  # (..., n, r)
+    grad_M = normal @ E.mT + Q @ (E @ skew @ E.mT)
+    # the eigenvalues of a computed H carry an error of about n eps of the largest: at or below that, H is singular
+    floor = h[..., -1:] * (M.shape[-2] * torch.finfo(wide).eps)
+    singular = (h[..., :1] <= floor).unsqueeze(-1)  # (..., 1, 1)
+    return torch.where(singular, torch.nan, grad_M).to(saved[0].dtype), None
+
+
+torch.library.register_autograd("stella_kernels::polar", _polar_backward, setup_context=_polar_setup)

@@ -1,0 +1,132 @@
+"""Which backends are there on this machine, which one serves each operator, and why another does not.
+
+``STELLA_KERNELS_BACKEND`` chooses: ``auto`` (default: the native library for CPU tensors where it was built, Triton for
+those of a GPU where it is installed, else the reference), ``reference`` (pure PyTorch everywhere), ``cpu`` or
+``triton`` (as auto, but an error that says why where that one cannot serve).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from ..checks import BackendUnavailableError
+from .signatures import OPERATORS
+
+CHOICES = ("auto", "reference", "cpu", "triton")
+
+_LIBRARY = Path(__file__).parents[1] / "_cpu.so"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One backend: whether it serves, and if not, why not and what to do."""
+
+    name: str
+    available: bool
+    why_not: str = ""
+
+
+def requested() -> str:
+    """The backend that ``STELLA_KERNELS_BACKEND`` asks for."""
+    choice = os.environ.get("STELLA_KERNELS_BACKEND", "auto") or "auto"
+    if choice not in CHOICES:
+        raise ValueError(f"STELLA_KERNELS_BACKEND: found {choice!r}, wanted one of {', '.join(map(repr, CHOICES))}.")
+    return choice
+
+
+def triton_why_not() -> str:
+    """Why Triton's kernels do not serve on a GPU; empty where they do."""
+    missing = triton_missing()
+    if not missing and not torch.cuda.is_available():
+        return "there is no GPU that torch can use"
+    return missing
+
+
+def triton_missing() -> str:
+    """What stands in the way of Triton's kernels, whatever the GPU."""
+    if os.environ.get("STELLA_KERNELS_BACKEND") == "reference":
+        return "STELLA_KERNELS_BACKEND=reference asks for the reference"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install triton"
+    compilers = (os.environ.get("CC", ""), "gcc", "clang", "cc")
+    if sys.platform == "linux" and not any(map(shutil.which, filter(None, compilers))):
+        return "Triton compiles its launchers with a C compiler, and there is none; install gcc, or set CC"
+    return ""
+
+
+def _load_cpu_library() -> Backend:
+    choice = requested()
+    if choice == "reference":
+        return Backend("cpu", False, "STELLA_KERNELS_BACKEND=reference asks for the reference")
+    if not _LIBRARY.exists():
+        backend = Backend(
+            "cpu",
+            False,
+            "the native library was not built; install a C++ compiler, cmake, ninja and pybind11, then run "
+            "STELLA_KERNELS_BUILD=cpu pip install --no-build-isolation . to see what is missing",
+        )
+    else:
+        try:
+            torch.ops.load_library(str(_LIBRARY))
+            backend = Backend("cpu", True)
+        except OSError as error:
+            why_not = f"the native library does not load beside torch {torch.__version__}: {error}"
+            backend = Backend("cpu", False, why_not)
+    if choice == "cpu" and not backend.available:
+        raise BackendUnavailableError(f"STELLA_KERNELS_BACKEND=cpu: {backend.why_not}.")
+    if choice == "triton" and (reason := triton_why_not()):
+        raise BackendUnavailableError(f"STELLA_KERNELS_BACKEND=triton: {reason}.")
+    return backend
+
+
+_cpu = _load_cpu_library()
+
+
+def backends() -> list[Backend]:
+    """Every backend this release knows, best first."""
+    reason = triton_why_not()
+    return [_cpu, Backend("triton", not reason, reason), Backend("reference", True)]
+
+
+def serving(operator: str, device: str = "cpu") -> str:
+    """Name of the backend that serves ``operator`` (a name of ``torch.ops.stella_kernels``) on ``device``."""
+    if device == "cpu" and _cpu.available and operator in OPERATORS:
+        return "cpu"
+    if device == "cuda" and operator in OPERATORS and not triton_why_not():
+        return "triton"
+    return "reference"
+
+
+def passed_over(operator: str, device: str = "cpu") -> dict[str, str]:
+    """Why each other backend does not serve ``operator`` on ``device``: backend name -> reason."""
+    chosen = serving(operator, device)
+    reasons = {}
+    for backend in backends():
+        if backend.name == chosen:
+            continue
+        if not backend.available:
+            reasons[backend.name] = backend.why_not
+        elif backend.name == "reference":
+            reasons[backend.name] = "it serves where no kernel does"
+        elif device != {"triton": "cuda"}.get(backend.name, backend.name):
+            reasons[backend.name] = f"its kernels do not run on {device}"
+        else:
+            reasons[backend.name] = "it has no kernel for this operator"
+    return reasons
+
+
+def build_info() -> ModuleType | None:
+    """The pybind11 module with build information and plans, or None where nothing native was built."""
+    try:
+        return importlib.import_module("stella_kernels._build_info")
+    except ImportError:
+        return None

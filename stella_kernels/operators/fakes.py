@@ -1,0 +1,70 @@
+"""The shapes, dtypes and devices of each operator's results, under tracing (``torch.library.register_fake``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, signatures
+from .status import INFO_COLUMNS
+
+
+def _info(operator: str, factors: list[Tensor]) -> Tensor:
+    device = factors[0].device if factors else torch.device("cpu")
+    served = backends.serving(operator, device.type) == "triton"
+    return torch.empty((len(factors), INFO_COLUMNS), dtype=torch.float64, device=device if served else "cpu")
+
+
+def _polar(a: signatures.Polar) -> tuple[Tensor, Tensor]:
+    batch = 1
+    for size in a.M.shape[:-2]:
+        batch = batch * size
+    Q = torch.empty_like(a.M, memory_format=torch.contiguous_format)
+    return Q, a.M.new_empty((batch, INFO_COLUMNS), dtype=torch.float64, device="cpu")
+
+
+def _riemannian_gradient_(a: signatures.RiemannianGradient) -> Tensor:
+    return _info(a.name, a.gradients)
+
+
+def _project_retract_(a: signatures.ProjectRetract) -> Tensor:
+    return _info(a.name, a.moved)
+
+
+def _stella_adamw_(a: signatures.StellaAdamWStep) -> Tensor:
+    return _info(a.name, a.factors)
+
+
+def _philox_dropout(a: signatures.PhiloxDropout) -> Tensor:
+    return torch.empty_like(a.x, memory_format=torch.contiguous_format)
+
+
+def _adapter_forward_(a: signatures.AdapterForward) -> Tensor:
+    return a.y.new_empty((a.x.shape[0], a.Vt.shape[0]))  # (T, r)
+
+
+def _adapter_product(a: signatures.AdapterProduct) -> tuple[Tensor, Tensor]:
+    T, m, r = a.x.shape[0], a.U.shape[0], a.Vt.shape[0]
+    return a.x.new_empty((T, m)), a.x.new_empty((T, r))
+
+
+def _adapter_backward_(a: signatures.AdapterBackward) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) if need else t.new_empty(0)
+        for t, need in zip((a.U, a.S, a.Vt), a.needed, strict=True)
+    )
+
+
+FAKES: dict[type[signatures.Signature], Callable[[Any], Any]] = {
+    signatures.Polar: _polar,
+    signatures.RiemannianGradient: _riemannian_gradient_,
+    signatures.ProjectRetract: _project_retract_,
+    signatures.StellaAdamWStep: _stella_adamw_,
+    signatures.PhiloxDropout: _philox_dropout,
+    signatures.AdapterForward: _adapter_forward_,
+    signatures.AdapterProduct: _adapter_product,
+    signatures.AdapterBackward: _adapter_backward_,
+}

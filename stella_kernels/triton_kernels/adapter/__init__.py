@@ -1,0 +1,1 @@
+"""The adapter and its dropout: operators, launches, sizes and kernels."""

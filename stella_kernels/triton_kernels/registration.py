@@ -1,0 +1,51 @@
+"""Triton's kernels under the CUDA key of every operator; Triton itself is imported at the first call.
+
+They are opaque operators to ``torch.compile``: no graph break, and nothing of Triton is traced. ``info`` of the
+operators over lists is on the factors' device: they wait for nothing (an optimizer that reads it does, once a step),
+and a CUDA graph can capture them once the tensors' addresses are known from a call before.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+from ..operators.backends import triton_missing
+from ..operators.registration import library
+from ..operators.signatures import SIGNATURES, Signature, positional
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter is on, so that its kernels run on CPU tensors, slowly, to be tested."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+
+
+def _implementations() -> dict[str, Callable[[Any], Any]]:
+    found: dict[str, Callable[[Any], Any]] = {}
+    for room in ("stiefel", "adapter"):
+        found |= importlib.import_module(f"stella_kernels.triton_kernels.{room}.operators").IMPLEMENTATIONS
+    return found
+
+
+def operators() -> dict[str, Callable[..., Any]]:
+    """What Triton has, by operator, to be called as torch calls it; imports Triton."""
+    return {signature.name: positional(signature, _implementations()[signature.name]) for signature in SIGNATURES}
+
+
+def _first_call_imports(signature: type[Signature]) -> Callable[..., Any]:
+    known: list[Callable[[Any], Any]] = []
+
+    def serve(*arguments: Any) -> Any:
+        if not known:
+            known.append(_implementations()[signature.name])
+        return known[0](signature(*arguments))
+
+    return serve
+
+
+if not triton_missing():
+    for _signature in SIGNATURES:
+        library.impl(_signature.name, _first_call_imports(_signature), "CUDA")

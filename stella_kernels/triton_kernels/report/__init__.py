@@ -1,0 +1,1 @@
+"""What the kernels compile to, for chips that are not here."""

@@ -1,0 +1,85 @@
+"""Every kernel as it is launched at its defaults: what ``compile-report`` compiles ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton.language as tl
+
+from ..launch.configuration import FUSION, arithmetic, element, precision, tiles_for
+from ..stiefel.gradient import coupling_kernel, coupling_sum_kernel, subtract_kernel
+from ..stiefel.moves import ADAMW, POLAR, RETRACT
+from ..stiefel.options import gram_options, lays_apart, solve_options, update_options
+from ..stiefel.passes import gram_kernel, update_kernel
+from ..stiefel.solve import solve_kernel
+from .adapter_variants import adapter_variants
+from .compiled import Variant
+
+RANKS = (16, 32, 64, 128)
+
+
+def _types(dtype: torch.dtype) -> dict[str, str]:
+    wide = "fp64" if arithmetic(dtype) == torch.float64 else "fp32"
+    types = dict.fromkeys(("partials", "poison", "couplings", "coefficients", "scales"), f"*{wide}")
+    types |= dict.fromkeys(("items", "table"), "*i64") | dict.fromkeys(("refused", "state"), "*i32")
+    types |= dict.fromkeys(("settings", "workspace", "info"), "*fp64")
+    return types | {"one": "fp32", "tolerance": "fp32", "skip": "i32", "factors": "i32"}
+
+
+def stiefel_variants(
+    R: int, dtype: torch.dtype = torch.float32, backend: str = "cuda", arch: object = None
+) -> Iterator[Variant]:
+    """The launches of the three grouped operators and of the polar factor at padded rank R."""
+    tiles, types = tiles_for(R, dtype), _types(dtype)
+    common = {
+        "ELEMENT": element(dtype),
+        "TO": element(arithmetic(dtype)),
+        "PRECISION": precision(dtype, backend),
+        "INDEX": tl.int32,
+        "R": R,
+        "BLOCK": tiles.block,
+        "SLAB": tiles.slab,
+        "CHUNK": tiles.chunk,
+    }
+    apart = tiles.halves and lays_apart(arch)
+    steps = dtype in (torch.bfloat16, torch.float16)
+
+    def variant(name: str, kernel: Any, constants: dict[str, Any], products: bool = True, wide: bool = True) -> Variant:
+        warps = tiles.warps if kernel is not solve_kernel else tiles.solve_warps
+        used = {key: value for key, value in (common | constants).items() if key in kernel.arg_names}
+        label = f"{name} {str(dtype).removeprefix('torch.')} R={R}"
+        options = solve_options(backend) if kernel is solve_kernel else FUSION
+        if kernel is gram_kernel:
+            options = gram_options(backend, used["KIND"], R)
+        if kernel is update_kernel:
+            options = update_options(backend, used["KIND"], R)
+        return Variant(label, kernel, used, warps, products, wide, types, options)
+
+    yield variant("coupling", coupling_kernel, {"GRADIENT": 0, "FACTOR": 1})
+    yield variant("coupling sum", coupling_sum_kernel, {"ITEMS": tiles.items}, products=False, wide=False)
+    yield variant("subtract", subtract_kernel, {"SNAPSHOTS": True, **tiles.streaming(R)})
+    for name, KIND in (("polar", POLAR), ("retract", RETRACT), ("adamw", ADAMW)):
+        kind = {"KIND": KIND, "STEPS": steps and KIND == ADAMW}
+        advance = KIND == ADAMW
+        if advance and tiles.slab < R:
+            alone = {"ADVANCE": True, "GRAM": False, "HALVES": False, "APART": False, **tiles.streaming(R)}
+            yield variant(f"{name} advance", gram_kernel, kind | alone)
+            advance = False
+        yield variant(
+            f"{name} gram",
+            gram_kernel,
+            {**kind, "ADVANCE": advance, "GRAM": True, "HALVES": tiles.halves, "APART": apart},
+        )
+        small = {"T": tiles.small, "T64": tiles.small64, "ROWS": tiles.rows64}
+        yield variant(f"{name} solve", solve_kernel, {**kind, **small}, products=dtype != torch.float64, wide=False)
+        yield variant(f"{name} update", update_kernel, kind | tiles.streaming(R))
+
+
+def variants(ranks: tuple[int, ...] = RANKS, backend: str = "cuda", arch: object = None) -> Iterator[Variant]:
+    """All of them."""
+    for R in ranks:
+        yield from stiefel_variants(R, torch.float32, backend, arch)
+        for dtype in (torch.bfloat16, torch.float32):
+            yield from adapter_variants(R, dtype, backend)

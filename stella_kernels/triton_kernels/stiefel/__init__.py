@@ -1,0 +1,1 @@
+"""The Stiefel step: operators, launches and kernels."""

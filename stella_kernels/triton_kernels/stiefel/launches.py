@@ -1,0 +1,180 @@
+"""The operators of the Stiefel step on Triton: their launches, a constant number whatever the factors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...operators import signatures
+from ..launch.configuration import FUSION, arithmetic, element, precision
+from ..launch.device import capturing, keep_for_graphs, on_device_of, target_arch, target_backend
+from ..launch.table import Table, table_of
+from . import options
+from .gradient import coupling_kernel, coupling_sum_kernel, subtract_kernel
+from .moves import ADAMW, POLAR, RETRACT, SETTINGS
+from .passes import gram_kernel, update_kernel
+from .solve import WORKSPACE, solve_kernel
+
+Arguments = dict[str, Any]
+
+
+def _common(table: Table, gradient: bool = False) -> Arguments:
+    """The compile-time arguments of the passes over rows."""
+    tiles = table.tiles
+    return {
+        "ELEMENT": element(table.dtype),
+        "TO": element(arithmetic(table.dtype)),
+        "PRECISION": precision(table.dtype, target_backend(), gradient),
+        "INDEX": table.INDEX,
+        "R": table.R,
+        "BLOCK": tiles.block,
+        "CHUNK": tiles.chunk,
+        "num_warps": tiles.warps,
+        **FUSION,
+    }
+
+
+def _couple(table: Table, GRADIENT: int, FACTOR: int, info: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Couplings (k, R, R), state (k,) and the flag of a refused gradient: two launches."""
+    common = _common(table, gradient=True)
+    R = table.R
+    partials = table.scratch(table.count, R, R)
+    poison = table.scratch(table.count)
+    refused = table.scratch(1, dtype=torch.int32)
+    couplings = table.scratch(table.factors, R, R)
+    state = table.scratch(table.factors, dtype=torch.int32)
+    coupling_kernel[(table.count,)](
+        table.items, table.rows, partials, poison, refused, 1.0, GRADIENT=GRADIENT, FACTOR=FACTOR, **common
+    )
+    coupling_sum_kernel[(table.factors,)](
+        *(table.rows, partials, poison, refused, couplings, state, info),
+        **{
+            "TO": common["TO"],
+            "R": R,
+            "ITEMS": table.tiles.items,
+            "num_warps": table.tiles.warps,
+            **FUSION,
+        },
+    )
+    return couplings, state, refused
+
+
+def _retract(
+    table: Table, KIND: int, settings: Tensor, state: Tensor, refused: Tensor, skip: bool, info: Tensor,
+    couplings: Tensor | None = None, STEPS: bool = False
+) -> None:  # fmt: skip
+    """Gram blocks, solve, update: three launches, four where the moments are advanced by one of their own."""
+    R, tiles = table.R, table.tiles
+    partials = table.scratch(table.count, 3, R, R)
+    coefficients = table.scratch(table.factors, 2, R, R)
+    scales = table.scratch(table.factors)
+    programs = min(table.factors, options.PROGRAMS)
+    workspace = table.scratch(programs, WORKSPACE, R, R, dtype=torch.float64)
+    given = couplings if couplings is not None else partials
+    gram = {"KIND": KIND, "STEPS": STEPS, "SLAB": tiles.slab, **_common(table)}
+    APART = tiles.halves and options.lays_apart(target_arch())
+    inputs = (table.items, table.rows, settings, given, state, refused, partials, 1.0, int(skip))
+    greedy = options.gram_options(target_backend(), KIND, R)
+    advance = KIND == ADAMW
+    if advance and tiles.slab < R:
+        gram_kernel[(table.count, 1)](
+            *inputs, ADVANCE=True, GRAM=False, HALVES=False, APART=False, **gram | tiles.streaming(R)
+        )
+        advance = False
+    gram_kernel[(table.count, R // tiles.slab)](
+        *inputs, ADVANCE=advance, GRAM=True, HALVES=tiles.halves, APART=APART, **gram | greedy
+    )
+    solve_kernel[(programs,)](
+        *(table.rows, settings, partials, coefficients, scales, state, refused, workspace, info),
+        *(table.factors, int(skip), torch.finfo(arithmetic(table.dtype)).eps / 2),
+        **{name: gram[name] for name in ("KIND", "STEPS", "ELEMENT", "TO", "PRECISION", "INDEX", "R")},
+        **{"T": tiles.small, "T64": tiles.small64, "ROWS": tiles.rows64, "num_warps": tiles.solve_warps},
+        **options.solve_options(target_backend()),
+    )
+    greedy = options.update_options(target_backend(), KIND, R)
+    update_kernel[(table.count,)](
+        *(table.items, table.rows, settings, coefficients, scales, state), **gram | tiles.streaming(R) | greedy
+    )
+
+
+def _new_info(table: Table) -> Tensor:
+    return table.scratch(table.factors, 4, dtype=torch.float64)
+
+
+def _to_device(settings: Tensor, device: torch.device) -> Tensor:
+    """Without waiting for it: one copy from pinned memory, none where the settings are on the device already."""
+    if settings.device == device:
+        return settings.contiguous()
+    if capturing(device):
+        raise RuntimeError(
+            f"stella_adamw_: hyperparameters: found on {settings.device} while a CUDA graph is captured, which would "
+            f"replay this step's learning rate and count for ever; wanted on {device}, written before each replay."
+        )
+    return settings.pin_memory().to(device, non_blocking=True)
+
+
+def riemannian_gradient_(a: signatures.RiemannianGradient) -> Tensor:
+    """∇ ← ∇ − Y ∇ᵀ Y in place: three launches; ``info`` stays on the device."""
+    table = table_of([a.gradients, a.factors, *([a.snapshots] if a.snapshots else [])])
+    with on_device_of(a.gradients[0]):
+        info = _new_info(table)
+        couplings, state, refused = _couple(table, 0, 1, info)
+        subtract_kernel[(table.count,)](
+            *(table.items, table.rows, couplings, state, refused),
+            SNAPSHOTS=bool(a.snapshots),
+            **_common(table, gradient=True) | table.tiles.streaming(table.R),
+        )
+    return info
+
+
+_divisors: dict[tuple[object, ...], Tensor] = {}
+
+
+def _settings_of(divisors: Sequence[float], device: torch.device) -> Tensor:
+    """(k, 7) settings of which only the divisors count; the same every step, so that they are copied once."""
+    key = (device, *divisors)
+    if key not in _divisors:
+        if len(_divisors) > 16:
+            _divisors.clear()
+        settings = torch.zeros(len(divisors), SETTINGS, dtype=torch.float64)
+        settings[:, 5] = torch.tensor(list(divisors), dtype=torch.float64)
+        _divisors[key] = settings.to(device)
+    keep_for_graphs(device, _divisors[key])
+    return _divisors[key]
+
+
+def project_retract_(a: signatures.ProjectRetract) -> Tensor:
+    """Scale, project, retract in place: three launches; ``info`` stays on the device."""
+    table = table_of([a.moved, a.previous])
+    with on_device_of(a.moved[0]):
+        info = _new_info(table)
+        state = table.scratch(table.factors, dtype=torch.int32)
+        _retract(table, RETRACT, _settings_of(a.divisors, table.device), state, state, False, info)
+    return info
+
+
+def stella_adamw_(a: signatures.StellaAdamWStep) -> Tensor:
+    """The whole step: five launches, six past rank 64; ``info`` stays on the device."""
+    # Moments of half the width are rounded when stored: the steps that the Gram blocks saw are kept beside them.
+    steps = a.factors[0].dtype in (torch.bfloat16, torch.float16)
+    table = table_of([a.factors, a.gradients, a.exp_avgs, a.exp_avg_sqs], a.couplings, steps)
+    with on_device_of(a.factors[0]):
+        info = _new_info(table)
+        settings = _to_device(a.hyperparameters, table.device)
+        known, state, refused = _couple(table, 1, 0, info)
+        _retract(table, ADAMW, settings, state, refused, a.skip_nonfinite, info, known, steps)
+    return info
+
+
+def polar_of(M: Tensor) -> tuple[Tensor, Tensor]:
+    """Polar factors of a batch (B, n, r) and ``info`` on the device, with a status for each: three launches."""
+    Q = torch.empty_like(M, memory_format=torch.contiguous_format)
+    table = table_of([list(M.unbind(0)), list(Q.unbind(0))])
+    with on_device_of(M):
+        info = _new_info(table)
+        state = table.scratch(table.factors, dtype=torch.int32)
+        _retract(table, POLAR, info, state, state, False, info)
+    return Q, info

@@ -1,0 +1,28 @@
+"""Launch options of the Stiefel kernels, by target: registers, fetching ahead, layouts."""
+
+from __future__ import annotations
+
+from ..launch.configuration import FUSION, GREEDY
+from .moves import RETRACT
+
+PROGRAMS = 132  # of the solve, each with a workspace
+
+
+def solve_options(backend: str) -> dict[str, int]:
+    """Loads of the r × r algebra are not fetched ahead: the addresses would spill, and the matrices are in cache."""
+    return {**FUSION, **GREEDY, "num_stages": 1} if backend == "cuda" else FUSION
+
+
+def lays_apart(arch: object) -> bool:
+    """Whether the moments' product is laid out apart from the Gram blocks': on sm_90 they spill together."""
+    return arch == 90
+
+
+def gram_options(backend: str, KIND: int, R: int) -> dict[str, int]:
+    """A few registers more than ptxas stops at by itself."""
+    return FUSION | GREEDY if backend == "cuda" and KIND == RETRACT and R <= 32 else FUSION
+
+
+def update_options(backend: str, KIND: int, R: int) -> dict[str, int]:
+    """Of three programs of four warps a multiprocessor: on sm_120 ptxas spills to fit a fourth."""
+    return FUSION | {"maxnreg": 168} if backend == "cuda" and KIND == RETRACT and R == 32 else FUSION

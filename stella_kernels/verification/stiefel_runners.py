@@ -1,0 +1,238 @@
+"""The runners of the Stiefel operators: a case's data, one call, what is compared; tolerances as in ``judge.py``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..reference import adamw, stiefel
+from .case_data import (
+    Implementation,
+    Measures,
+    gaussian,
+    matrix,
+    norm,
+    orthonormal,
+    poisoned,
+    relative,
+    round_off,
+    safety,
+    store,
+    written_outside,
+)
+from .case_table import STORAGES, Case
+
+
+def polar(case: Case, run: Implementation) -> Measures:
+    M64 = case.scale * matrix(case, case.shapes[0], case.generator())
+    M, _ = store(M64, case)
+    before = M.clone()
+    with poisoned(run, list(M.reshape(-1, *M.shape[-2:]))):
+        Q, info = run["polar"](M, case.method)
+    u, w = round_off(case.dtype)
+    r = M.shape[-1]
+    yield "input changed", float((before != M).sum()), 0.0
+    yield "status", float(info[:, 0].abs().sum()), 0.0
+    if M.numel() == 0:
+        yield "shape", float(Q.shape != M.shape), 0.0
+        return
+    exact_input = M.double() / float(M.double().abs().max().clamp_min(1e-300))  # uf(cM) = uf(M): keep float64 in range
+    left, values, right = torch.linalg.svd(exact_input, full_matrices=False)  # (..., n, r), (..., r), (..., r, r)
+    stored = Q.double()
+    # Laws, for any M: each holds to the backward error, without the condition number.
+    law = 2 * u + safety(case.dtype) * w * math.sqrt(r)
+    H = stored.mT @ exact_input
+    size = torch.linalg.matrix_norm(exact_input).clamp_min(1e-300)
+    yield "orthonormality", float(stiefel.orthonormality_error(stored).max()) / math.sqrt(r), law
+    yield "symmetry", float((torch.linalg.matrix_norm(H - H.mT) / size).max()), law
+    yield "definiteness", float((-torch.linalg.eigvalsh(stiefel.symm(H))[..., 0] / size).max().clamp_min(0.0)), law
+    yield "range", float((torch.linalg.matrix_norm(stored @ H - exact_input) / size).max()), law
+    condition = float((values[..., 0] / values[..., -1]).nan_to_num(math.inf).max())
+    if condition * w < 1e-2:  # else the factor is not determined by the data
+        yield "value", relative(Q, left @ right), u + safety(case.dtype) * w * math.sqrt(r) * condition
+    # The report is of Q before it is stored in a shorter type: measured, or a bound with condition numbers of up to 16.
+    if case.dtype in (torch.float32, torch.float64):
+        measured, reported = stiefel.orthonormality_error(stored).flatten(), info[:, 1]
+        yield "residual above the reported", float((measured - reported).max().clamp_min(0.0)) / math.sqrt(r), law
+        yield "reported residual", float(reported.max()) / math.sqrt(r), law + (2 + 4 * 16) * w
+
+
+def gradient(case: Case, run: Implementation) -> Measures:
+    generator = case.generator()
+    factors = [store(orthonormal(shape, generator), case) for shape in case.shapes]
+    gradients = []
+    for (Y, _), shape in zip(factors, case.shapes, strict=True):
+        G = case.scale * gaussian(case, shape, generator)
+        if case.kind == "aligned":  # in the span of Y: everything but the skew part cancels
+            G = Y.double() @ G[: shape[-1]]
+        gradients.append(store(G, case))
+    before = [(G.clone(), Y.clone()) for (G, _), (Y, _) in zip(gradients, factors, strict=True)]
+    snapshots = [torch.full_like(Y, math.nan) for Y, _ in factors]
+    with poisoned(run, [G for G, _ in gradients]):
+        info = run["riemannian_gradient_"]([G for G, _ in gradients], [Y for Y, _ in factors], snapshots)
+    u, w = round_off(case.dtype)
+    yield "status", float(info[:, 0].abs().sum()), 0.0
+    for (G, buffer), (Y, _), (G0, Y0) in zip(gradients, factors, before, strict=True):
+        exact = stiefel.riemannian_gradient(Y0.double(), G0.double())
+        # Y(∇ᵀY) has norm at most ‖∇‖: the error is relative to that, whatever cancels.
+        error = norm(G.double() - exact) / max(norm(G0), 1e-300)
+        yield "value", error, u + safety(case.dtype) * w * math.sqrt(G.shape[-1])
+        yield "factor changed", float((Y != Y0).sum()), 0.0
+        yield "written outside", written_outside(G, buffer), 0.0
+    for snapshot, (_, Y0) in zip(snapshots, before, strict=True):
+        yield "snapshot", float((snapshot != Y0).sum()), 0.0
+
+
+def retract(case: Case, run: Implementation) -> Measures:
+    generator = case.generator()
+    previous, moved = [], []
+    for shape in case.shapes:
+        Y, buffer = store(orthonormal(shape, generator), case)
+        step = gaussian(case, shape, generator)
+        if case.kind == "one-column" and shape[-1] > 1:  # σ_min(M) stays 1 while ‖M‖ grows: the condition is the step
+            step[:, 1:] = 0.0
+        step = case.scale * case.divisor * step / torch.linalg.vector_norm(step, dim=0).clamp_min(1e-300)
+        previous.append((Y, buffer))
+        moved.append(store(Y.double() + step, case))
+    before = [(new.clone(), old.clone()) for (new, _), (old, _) in zip(moved, previous, strict=True)]
+    with poisoned(run, [M for M, _ in moved]):
+        info = run["project_retract_"](
+            [M for M, _ in moved], [Y for Y, _ in previous], [case.divisor] * len(moved), case.method
+        )
+    u, w = round_off(case.dtype)
+    yield "status", float(info[:, 0].abs().sum()), 0.0
+    for (Q, buffer), (Y, _), (M0, Y0) in zip(moved, previous, before, strict=True):
+        r = Q.shape[-1]
+        old, delta = Y0.double(), (M0.double() - Y0.double()) / case.divisor
+        M = old + stiefel.tangent_projection(old, delta)
+        left, values, right = torch.linalg.svd(M, full_matrices=False)
+        # M is a sum of terms of norm up to ‖Y‖ + ‖Δ‖, some of which cancel: their round-off over σ_min(M).
+        amplification = (1.0 + float(torch.linalg.matrix_norm(delta, 2))) / float(values[-1])
+        yield "value", relative(Q, left @ right), u + safety(case.dtype) * w * math.sqrt(r) * amplification
+        law = 2 * u + safety(case.dtype) * w * math.sqrt(r) * min(
+            amplification, 16.0
+        )  # past that the path is float64's
+        yield "orthonormality", float(stiefel.orthonormality_error(Q.double())) / math.sqrt(r), law
+        yield "previous changed", float((Y != Y0).sum()), 0.0
+        yield "written outside", written_outside(Q, buffer), 0.0
+
+
+@dataclass(frozen=True)
+class _AdamwInput:
+    """One factor's arguments of stella_adamw_, as stored; ``buffers`` are those of the factor and the moments."""
+
+    tensors: dict[str, Tensor]  # 'Y', 'gradient', 'm', 'v'
+    buffers: dict[str, Tensor]
+    coupling: Tensor
+    settings: dict[str, float]  # the operator's hyperparameters by name, in its order
+
+    def exact_move(self) -> tuple[Tensor, Tensor, Tensor]:
+        Y, gradient, m, v = (self.tensors[name].double() for name in ("Y", "gradient", "m", "v"))
+        K = self.coupling.double() if self.coupling.numel() else None
+        return adamw.adamw_move(Y, gradient, m, v, coupling=K, **self.settings)
+
+
+def _adamw_input(case: Case, index: int, generator: torch.Generator) -> _AdamwInput:
+    """Moments of the gradient's own size, every v away from 0, and the learning rate of columns of length ``scale``."""
+    shape = case.shapes[index]
+    size = float(case.kind.removeprefix("gradient")) if case.kind.startswith("gradient") else 1.0
+    first = case.kind == "first"  # step 1, from moments that are 0
+    values = {
+        "Y": orthonormal(shape, generator),
+        "gradient": size * gaussian(case, shape, generator),
+        "m": (0.0 if first else 0.3 * size) * gaussian(case, shape, generator),
+        "v": (0.0 if first else size * size) * (0.5 + torch.rand(shape, generator=generator, dtype=torch.float64)),
+    }
+    tensors, buffers = {}, {}
+    for place, (name, value) in enumerate(values.items()):
+        storage = STORAGES[(index + place) % 3] if case.kind == "storages" else case.storage
+        tensors[name], buffers[name] = store(value, replace(case, storage=storage))
+    given = index if case.kind != "coupled" else index % 2 + 1
+    coupling = tensors["Y"].new_empty(0)
+    if given % 3:  # computed by the operator, given in the arithmetic's dtype, given in float64
+        coupling = tensors["gradient"].double().mT @ tensors["Y"].double()
+        arithmetic = torch.float64 if case.dtype == torch.float64 else torch.float32
+        coupling = coupling.to(arithmetic if given % 3 == 1 else torch.float64)
+    settings = {"lr": 1.0, "beta1": (0.9, 0.8)[index % 2], "beta2": (0.999, 0.95)[index % 2]}
+    settings |= {"eps": _FIRST_EPS if first else 1e-8 * size, "step": 1.0 if first else 3.0 + index}
+    settings |= {"divisor": case.divisor, "sign": (1.0, -1.0)[index % 2]}
+    unit = _AdamwInput(tensors, buffers, coupling, settings).exact_move()[0]
+    settings["lr"] = case.scale / max(float(torch.linalg.vector_norm(unit, dim=0).max()), 1e-300)
+    return _AdamwInput(tensors, buffers, coupling, settings)
+
+
+_FIRST_EPS = 1e-2
+
+
+def _adamw_tolerances(case: Case, given: _AdamwInput, D: Tensor, m: Tensor, v: Tensor) -> dict[str, float]:
+    """What m, v and D, exact here, may be off by, in Frobenius norm.
+
+    g is off by w sqrt(r) of the gradient, as in :func:`_gradient`; m and v are sums of two terms, in which a change of
+    g counts (1 − β₁) and 2 (1 − β₂) |g|. ``D = ρ m / (sqrt(v) c + ε)`` then changes, to first order, by ρ/(...) for a
+    change of m and by at most |D|/(2 v) for one of v, beside a few w of its own. At the first step from zero moments
+    both changes come from the same g: D = ρ' g / (|g| + ε), of slope at most ρ'/ε.
+    """
+    _, w = round_off(case.dtype)
+    h, few = given.settings, safety(case.dtype) * w
+    gradient = given.tensors["gradient"].double()
+    off_g = few * math.sqrt(D.shape[-1]) * norm(gradient)
+    off_m = (1 - h["beta1"]) * off_g + few * (norm(given.tensors["m"]) + norm(m))
+    off_v = (1 - h["beta2"]) * 2 * float(gradient.abs().max()) * off_g + few * norm(v)
+    rate = h["lr"] / h["divisor"]
+    if case.kind == "first":
+        off_D = rate / h["eps"] * off_g + few * norm(D)
+    else:
+        correction = math.sqrt(1 - h["beta2"] ** h["step"])
+        slope = rate / (1 - h["beta1"] ** h["step"]) / (v.sqrt() / correction + h["eps"])
+        off_D = float(slope.max()) * off_m + float((D.abs() / (2 * v)).max()) * off_v + few * norm(D)
+    return {"m": off_m, "v": off_v, "D": off_D}
+
+
+def _adamw_step(case: Case, given: _AdamwInput, before: dict[str, Tensor]) -> Measures:
+    u, w = round_off(case.dtype)
+    r = before["Y"].shape[-1]
+    D, m, v = replace(given, tensors=before).exact_move()
+    off = _adamw_tolerances(case, replace(given, tensors=before), D, m, v)
+    for name, exact in (("m", m), ("v", v)):
+        tolerance = u + off[name] / max(norm(exact), 1e-300)
+        yield f"moment {name}", relative(given.tensors[name], exact), tolerance
+    Y, Q = before["Y"].double(), given.tensors["Y"]
+    left, values, right = torch.linalg.svd(Y + stiefel.tangent_projection(Y, D), full_matrices=False)
+    # As in _retract; and what D is off by, twice for its projection, over σ_min.
+    amplification = (1.0 + float(torch.linalg.matrix_norm(D, 2))) / float(values[-1])
+    noise = safety(case.dtype) * w * math.sqrt(r)
+    step = 2 * off["D"] / (float(values[-1]) * math.sqrt(r))
+    yield "value", relative(Q, left @ right), u + noise * amplification + step
+    law = 2 * u + noise * min(amplification, 16.0)
+    yield "orthonormality", float(stiefel.orthonormality_error(Q.double())) / math.sqrt(r), law
+
+
+def adamw_step(case: Case, run: Implementation) -> Measures:
+    generator = case.generator()
+    inputs = [_adamw_input(case, index, generator) for index in range(len(case.shapes))]
+    refused, skipping = case.kind == "refused", case.kind == "skipped"
+    bad = [(refused or skipping) and (index % 2 == 1 or len(inputs) == 1) for index in range(len(inputs))]
+    for is_bad, given in zip(bad, inputs, strict=True):
+        if is_bad:
+            given.tensors["gradient"][-1, -1] = math.nan
+    before = [{name: tensor.clone() for name, tensor in given.tensors.items()} for given in inputs]
+    rows = torch.tensor([list(given.settings.values()) for given in inputs], dtype=torch.float64)
+    lists = [[given.tensors[name] for given in inputs] for name in ("Y", "gradient", "m", "v")]
+    couplings = [given.coupling for given in inputs]
+    with poisoned(run, lists[0]):
+        nan = [torch.full_like(Y, math.nan) for Y in lists[0]]
+        gradients = [torch.ones_like(Y) for Y in lists[0]]
+        run["stella_adamw_"](nan, gradients, *([Y.clone() for Y in nan] for _ in "mv"), couplings, rows, False)
+        info = run["stella_adamw_"](*lists, couplings, rows, skipping)
+    yield "status", float((info[:, 0] - torch.tensor(bad, dtype=torch.float64)).abs().sum()), 0.0
+    for is_bad, given, old in zip(bad, inputs, before, strict=True):
+        fixed = ["gradient", *(("Y", "m", "v") if is_bad or refused else ())]
+        changed = sum(float((given.tensors[n].nan_to_num(7.0) != old[n].nan_to_num(7.0)).sum()) for n in fixed)
+        yield "written where nothing should be", changed, 0.0
+        for name in ("Y", "m", "v"):
+            yield f"written outside {name}", written_outside(given.tensors[name], given.buffers[name]), 0.0
+        if len(fixed) == 1:
+            yield from _adamw_step(case, given, old)

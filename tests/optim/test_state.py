@@ -1,0 +1,150 @@
+"""The state of ``StellaAdamW`` and of an attached optimizer: saved, loaded, copied and exchanged between the two."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+from torch.optim import AdamW
+
+from stella_kernels.nn import stiefel_factors
+from stella_kernels.optim import StellaAdamW, attach
+from tests.optim.stiefel_problem import (
+    F64,
+    HIDDEN,
+    OPTIMIZERS,
+    PLAIN,
+    Model,
+    Problem,
+    distance,
+    fused,
+    identical,
+    published,
+    torch_adamw,
+    values,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# --- StellaAdamW ---
+
+
+def with_attach(model: Model, fused_others: bool = False) -> AdamW:
+    constrained = [f.parameter for f in stiefel_factors(model)]
+    groups = [{"params": constrained}, {"params": [model.first.S, model.second.S]}]
+    optimizer = AdamW(groups, fused=fused_others or None, **PLAIN)
+    attach(optimizer, model)
+    return optimizer
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("fused_others", [False, True])
+def test_state_is_interchangeable_with_attach(back: bool, fused_others: bool) -> None:
+    """5 steps with one, then 7 with the other: where one alone ends, to 1e5 roundings as above."""
+    problem = Problem()
+    exact = published(problem, torch_adamw(), 12, F64, hidden_size=HIDDEN)
+    model = problem.copy()
+
+    def build(stella: bool, m: Model) -> AdamW:
+        return StellaAdamW(m, fused=fused_others or None, **PLAIN) if stella else with_attach(m, fused_others)
+
+    optimizer = build(back, model)
+    problem.train(model, optimizer, optimizer.step, 0, 5)
+    saved = pickle.dumps((model.state_dict(), optimizer.state_dict()))
+    again = Model()
+    other = build(not back, again)
+    weights, state = pickle.loads(saved)
+    assert state["param_groups"] == other.state_dict()["param_groups"]
+    again.load_state_dict(weights)
+    other.load_state_dict(state)
+    problem.train(again, other, other.step, 5, 12)
+    assert distance(values(again), values(exact)) < 1e-10
+    assert {k: sorted(s) for k, s in state["state"].items()} == {i: ["exp_avg", "exp_avg_sq", "step"] for i in range(6)}
+    assert all(float(s["step"]) == 12 for s in other.state_dict()["state"].values())
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_loading_in_place_goes_on_bitwise(attached: bool) -> None:
+    problem = Problem()
+    if attached:
+        model = problem.copy()
+        optimizer = with_attach(model)
+        problem.train(model, optimizer, optimizer.step, 0, 3)
+    else:
+        model, optimizer = fused(problem, 3)
+    kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    problem.train(model, optimizer, optimizer.step, 3, 6)
+    expected = values(model)
+    model.load_state_dict(kept[0])
+    optimizer.load_state_dict(kept[1])
+    problem.train(model, optimizer, optimizer.step, 3, 6)
+    assert identical(values(model), expected)
+
+
+@pytest.mark.parametrize("how", ["copied", "pickled"])
+def test_copies_go_on_alike(how: str) -> None:
+    problem = Problem()
+    model, optimizer = fused(problem, 3, skip_nonfinite=True)
+    pair = (model, optimizer)
+    twin, other = copy.deepcopy(pair) if how == "copied" else pickle.loads(pickle.dumps(pair))
+    problem.train(model, optimizer, optimizer.step, 3, 6)
+    problem.train(twin, other, other.step, 3, 6)
+    assert identical(values(twin), values(model))
+    assert {id(f.parameter) for f in other.factors} == {id(f.parameter) for f in stiefel_factors(twin)}
+    assert other.skip_nonfinite
+
+
+def test_a_factor_added_later_is_constrained() -> None:
+    problem = Problem()
+    model = problem.copy()
+    model.second.requires_grad_(False)
+    optimizer = StellaAdamW(model, **PLAIN)
+    model.second.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"weight_decay=0\.1 and holds the constrained second\.U"):
+        optimizer.add_param_group({"params": [model.second.U], "weight_decay": 0.1})
+    assert len(optimizer.param_groups) == 2
+    optimizer.add_param_group({"params": list(model.second.parameters())})
+    assert [f.name for f in optimizer.factors] == ["first.U", "first.Vt", "second.U", "second.Vt"]
+    problem.train(model, optimizer, optimizer.step, 0, 5)
+    exact = published(problem, torch_adamw(), 5, F64, hidden_size=HIDDEN)
+    assert distance(values(model), values(exact)) < 1e-10
+
+
+# --- attach ---
+
+
+def test_state_dict_round_trip() -> None:
+    """Saved after 5 steps and rebuilt, training goes on as if nothing had happened, and hooks leave no trace in it."""
+    problem, build = Problem(), OPTIMIZERS["adamw"]
+    model = problem.copy()
+    optimizer = build(model.parameters())
+    attach(optimizer, model)
+    problem.train(model, optimizer, optimizer.step, 0, 5)
+    bare = build(problem.copy().parameters())
+    assert optimizer.state_dict()["param_groups"] == bare.state_dict()["param_groups"]
+    saved = pickle.dumps((model.state_dict(), optimizer.state_dict()))
+    problem.train(model, optimizer, optimizer.step, 5, 12)
+
+    again = Model()
+    optimizer = build(again.parameters())
+    weights, state = pickle.loads(saved)
+    again.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    attach(optimizer, again)
+    problem.train(again, optimizer, optimizer.step, 5, 12)
+    assert identical(values(again), values(model))
+
+
+def test_optimizer_can_be_pickled_and_copied() -> None:
+    problem = Problem()
+    model = problem.copy()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    attach(optimizer, model)
+    problem.train(model, optimizer, optimizer.step, 0, 2)
+    pickle.loads(pickle.dumps(optimizer))
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    attach(twin, twin_model)  # hooks do not travel with a copy
+    problem.train(model, optimizer, optimizer.step, 2, 4)
+    problem.train(twin_model, twin, twin.step, 2, 4)
+    assert identical(values(twin_model), values(model))
