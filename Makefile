@@ -119,7 +119,7 @@ bench: build
 
 # Of the installed package's docstrings; a warning is an error.
 docs: build
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 lint: $(VENV)/env.stamp
 	$(BIN)/ruff check .
