@@ -263,9 +263,9 @@ def polar(M: Tensor, method: str = "auto", return_info: bool = False) -> Tensor 
         return_info: also return what was done.
 
     Returns:
-        Q of M's shape and dtype; with ``return_info`` also info, (matrices, 4) float64 on the CPU, with the columns
-        status (0 ok, 2 not converged), residual ‖QᵀQ − I‖_F (measured, or a bound where the
-        condition number is bounded), iterations (0: MᵀM is near a multiple of I, and its series is enough) and path.
+        Q of M's shape and dtype; with ``return_info`` also info, (matrices, 5) float64 on the CPU, with the columns
+        status (0 ok, 2 not converged), residual (measured, or bounded: ‖QᵀQ − I‖_F of Q as stored is not above it),
+        iterations (0: MᵀM is near a multiple of I, and its series is enough), path, and a 0 (``operators/status.py``).
 
     Raises:
         TypeError: M is not a floating-point tensor.

@@ -71,7 +71,7 @@ def test_stella_adamw(benchmark, layers: int, r: int, coupled: bool) -> None:
     benchmark.group = f"stella_adamw_, {layers} layers, r = {r}"
     info = benchmark.pedantic(
         kernels.stella_adamw_,
-        args=(factors, gradients, first, second, couplings, hyperparameters, False),
+        args=(factors, gradients, first, second, couplings, hyperparameters),
         rounds=15,
         warmup_rounds=1,
     )

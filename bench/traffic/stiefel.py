@@ -39,7 +39,7 @@ def adamw_arguments(n: int, r: int, transposed: bool, given: bool) -> tuple[Any,
     gradient, m, v = (stored(torch.randn(n, r)) for _ in range(3))
     settings = torch.tensor([[5e-4, 0.9, 0.999, 1e-8, 7.0, 1.0, 1.0]], dtype=torch.float64)
     coupling = gradient.mT @ Y if given else Y.new_empty(0)
-    return [Y], [gradient], [m], [v.square_()], [coupling], settings, False
+    return [Y], [gradient], [m], [v.square_()], [coupling], settings
 
 
 def heights() -> Counter[tuple[int, bool]]:

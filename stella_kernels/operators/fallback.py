@@ -6,6 +6,7 @@ It is registered as ``CompositeExplicitAutograd``; a native library that is load
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..reference import adamw, adapter, philox, stiefel
 from . import signatures
-from .status import INFO_COLUMNS, PATH_SVD, STATUS_NON_FINITE, STATUS_OK
+from .status import INFO_COLUMNS, PATH_SVD, STATUS_NON_FINITE, STATUS_OK, STATUS_OVERFLOW
 
 
 def _info(rows: list[list[float]]) -> Tensor:
@@ -24,6 +25,11 @@ def _info(rows: list[list[float]]) -> Tensor:
 
 def _arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def _residual(stored: Tensor) -> float:
+    """``‖QᵀQ − I‖`` of what is stored, measured in float64."""
+    return float(stiefel.orthonormality_error(stored.double()))
 
 
 def polar(a: signatures.Polar) -> tuple[Tensor, Tensor]:
@@ -37,49 +43,81 @@ def polar(a: signatures.Polar) -> tuple[Tensor, Tensor]:
             f"polar: matrix {index} of M holds NaN or an infinity; the orthogonal polar factor is not defined for it. "
             "Check the values that were passed in."
         )
-    Q = stiefel.polar_factor(batch)
-    residual = stiefel.orthonormality_error(Q)
-    info = _info([[STATUS_OK, float(e), 0.0, PATH_SVD] for e in residual])
-    return Q.reshape(a.M.shape).to(a.M.dtype), info
+    Q = stiefel.polar_factor(batch).to(a.M.dtype)
+    residual = stiefel.orthonormality_error(Q.double())
+    info = _info([[STATUS_OK, float(e), 0.0, PATH_SVD, 0.0] for e in residual])
+    return Q.reshape(a.M.shape), info
+
+
+def _refused(finite: list[bool]) -> Tensor:
+    """What an operator says of gradients of which one is not finite: nothing was computed."""
+    return _info([[STATUS_OK if ok else STATUS_NON_FINITE, math.nan, 0.0, 0.0, math.nan] for ok in finite])
 
 
 def riemannian_gradient_(a: signatures.RiemannianGradient) -> Tensor:
     finite = [bool(gradient.isfinite().all()) for gradient in a.gradients]
-    status = [STATUS_OK if ok else STATUS_NON_FINITE for ok in finite]
-    for i, (gradient, factor) in enumerate(zip(a.gradients, a.factors, strict=True) if all(finite) else ()):
-        if a.snapshots:
-            a.snapshots[i].copy_(factor)
-        if not bool(factor.isfinite().all()):
-            status[i] = STATUS_NON_FINITE
-            continue
+    if not all(finite):
+        return _refused(finite)
+    rows: list[list[float]] = []
+    results: list[Tensor | None] = []
+    for gradient, factor in zip(a.gradients, a.factors, strict=True):
         wide = _arithmetic_dtype(gradient.dtype)
-        gradient.copy_(stiefel.riemannian_gradient(factor.to(wide), gradient.to(wide)))
-    return _info([[s, 0.0, 0.0, 0.0] for s in status])
+        result = stiefel.riemannian_gradient(factor.to(wide), gradient.to(wide)).to(gradient.dtype)
+        status = STATUS_NON_FINITE if not bool(factor.isfinite().all()) else STATUS_OK
+        if status == STATUS_OK and not bool(result.isfinite().all()):
+            status = STATUS_OVERFLOW
+        rows.append([status, 0.0, 0.0, 0.0, _residual(factor)])
+        results.append(result if status == STATUS_OK else None)
+    if any(status == STATUS_OVERFLOW and drift <= _NEAR_DRIFT for status, *_, drift in rows):
+        return _info(rows)
+    for i, result in enumerate(results):
+        if a.snapshots:
+            a.snapshots[i].copy_(a.factors[i])
+        if result is not None:
+            a.gradients[i].copy_(result)
+    return _info(rows)
+
+
+_NEAR_DRIFT = 3.0  # a factor that is farther off overflows alone, as in the native kernels
 
 
 def project_retract_(a: signatures.ProjectRetract) -> Tensor:
     rows: list[list[float]] = []
     for new, old, divisor in zip(a.moved, a.previous, a.divisors, strict=True):
+        drift = _residual(old)
         if not (bool(new.isfinite().all()) and bool(old.isfinite().all())):
-            rows.append([STATUS_NON_FINITE, float("nan"), 0.0, 0.0])
+            rows.append([STATUS_NON_FINITE, math.nan, 0.0, 0.0, drift])
             continue
         wide = _arithmetic_dtype(new.dtype)
-        Q = stiefel.project_retract(old.to(wide), new.to(wide), divisor, "polar")
-        rows.append([STATUS_OK, float(stiefel.orthonormality_error(Q)), 0.0, PATH_SVD])
-        new.copy_(Q)
+        Y = old.to(wide)
+        M = Y + stiefel.tangent_projection(Y, (new.to(wide) - Y) / divisor)
+        if not bool(M.isfinite().all()):
+            Y = old.double()  # with the range of float64
+            M = Y + stiefel.tangent_projection(Y, new.double() / divisor - Y / divisor)
+        status, residual = _retract(M, new)
+        rows.append([status, residual, 0.0, PATH_SVD, drift])
     return _info(rows)
+
+
+def _retract(M: Tensor, into: Tensor) -> tuple[int, float]:
+    """Put uf(M) in place, and return status and residual; where M has overflowed nothing is written."""
+    if not bool(M.isfinite().all()):
+        return STATUS_OVERFLOW, math.nan
+    into.copy_(stiefel.polar_factor(M))
+    return STATUS_OK, _residual(into)
 
 
 def stella_adamw_(a: signatures.StellaAdamWStep) -> Tensor:
     settings = a.hyperparameters.tolist()
     given = list(zip(a.factors, a.gradients, a.exp_avgs, a.exp_avg_sqs, a.couplings, settings, strict=True))
     finite = [bool(gradient.isfinite().all()) for gradient in a.gradients]
-    if not all(finite) and not a.skip_nonfinite:
-        return _info([[STATUS_OK if ok else STATUS_NON_FINITE, 0.0, 0.0, 0.0] for ok in finite])
+    if not all(finite):
+        return _refused(finite)
     rows: list[list[float]] = []
-    for ok, (factor, gradient, exp_avg, exp_avg_sq, K, row) in zip(finite, given, strict=True):
-        if not ok:
-            rows.append([STATUS_NON_FINITE, float("nan"), 0.0, 0.0])
+    for factor, gradient, exp_avg, exp_avg_sq, K, row in given:
+        drift = _residual(factor)
+        if not all(bool(t.isfinite().all()) for t in (factor, exp_avg, exp_avg_sq, K)):
+            rows.append([STATUS_NON_FINITE, math.nan, 0.0, 0.0, drift])
             continue
         wide = _arithmetic_dtype(factor.dtype)
         lr, beta1, beta2, eps, step, divisor, sign = row
@@ -89,14 +127,14 @@ def stella_adamw_(a: signatures.StellaAdamWStep) -> Tensor:
             **{"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "step": step, "divisor": divisor, "sign": sign},
             coupling=K.to(wide) if K.numel() else None,
         )
-        moved = Y + stiefel.tangent_projection(Y, D)
-        if not bool(moved.isfinite().all()):
-            rows.append([STATUS_NON_FINITE, float("nan"), 0.0, 0.0])
-            continue
-        Q = stiefel.polar_factor(moved)
-        rows.append([STATUS_OK, float(stiefel.orthonormality_error(Q)), 0.0, PATH_SVD])
-        for old, new in ((factor, Q), (exp_avg, m), (exp_avg_sq, v)):
-            old.copy_(new)
+        moments = [new.to(exp_avg.dtype) for new in (m, v)]
+        status, residual = STATUS_OVERFLOW, math.nan
+        if all(bool(t.isfinite().all()) for t in (*moments, D)):
+            status, residual = _retract(Y + stiefel.tangent_projection(Y, D), factor)
+        rows.append([status, residual, 0.0, PATH_SVD, drift])
+        if status == STATUS_OK:
+            exp_avg.copy_(moments[0])
+            exp_avg_sq.copy_(moments[1])
     return _info(rows)
 
 

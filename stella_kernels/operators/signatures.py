@@ -82,8 +82,9 @@ class Polar(Signature):
 class RiemannianGradient(Signature):
     """∇ ← ∇ − Y ∇ᵀ Y in place; each factor is copied to its snapshot, where there are any.
 
-    Nothing at all is written when a gradient is non-finite. The gradient of a factor that is not finite itself is left
-    as it was.
+    Nothing at all is written when a gradient is non-finite (status 1), or its Riemannian gradient would be, or what it
+    is computed from (status 3: overflow). Left alone, with the others written: the gradient of a factor that is not
+    finite itself (1), and one that overflows because its factor is off the manifold by a drift of more than 3 (3).
     """
 
     name: ClassVar[str] = "riemannian_gradient_"
@@ -109,9 +110,11 @@ class StellaAdamWStep(Signature):
 
     A row of hyperparameters, (k, 7) float64 on the CPU: lr, β₁, β₂, eps, step t (this one counted), divisor of the
     gradient scaling, sign (−1 to maximize). couplings[i] is K = ∇ᵀY (r, r), float64 or float32, or has no elements
-    where it is to be computed. Status 1 where a gradient is not finite: nothing at all is written, or with
-    skip_nonfinite all factors but those. Status 1 beside a finite gradient: the factor or its step is not finite; it
-    is not moved (its moments may have been), the others are.
+    where it is to be computed. Status 1 where a gradient is not finite: nothing at all is written. Otherwise a factor
+    that cannot take its step is not moved, and the others are. Status 3: a moment of it would overflow, the square of
+    its Riemannian gradient above all, and its moments are as they were; or the move itself does, with moments in range,
+    which may then have been advanced. Status 1 beside a finite gradient: the factor or a moment is not finite, and its
+    moments may have been advanced.
     """
 
     name: ClassVar[str] = "stella_adamw_"
@@ -121,7 +124,6 @@ class StellaAdamWStep(Signature):
     exp_avg_sqs: list[Tensor] = field(metadata=WRITTEN)
     couplings: list[Tensor]
     hyperparameters: Tensor
-    skip_nonfinite: bool
 
 
 # The adapter. Everything is computed in y's dtype (the base layer's, so autocast's inside autocast): x and the factors

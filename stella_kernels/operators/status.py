@@ -1,4 +1,10 @@
-"""What a row of ``info`` says: (k, 4) float64, for each matrix or factor its status, residual, iterations and path.
+"""What a row of ``info`` says: (k, 5) float64, for each matrix or factor status, residual, iterations, path and drift.
+
+- residual: a bound on ``‖QᵀQ − I‖_F`` of the result as it is stored, rounded to its dtype; measured or derived. 0 where
+  an operator retracts nothing, NaN where it could not.
+- drift: ``‖YᵀY − I‖_F`` of the point Y at which the step began, as it was handed over (``previous`` of
+  project_retract_): at most ``8 eps sqrt(r)`` where nobody has moved an orthonormal float32 factor since, beside the
+  rounding of a shorter storage. 0 of polar, NaN where the step was refused before YᵀY was known.
 
 It is on the CPU, but of an operator over lists that Triton serves on the factors' device, so that nothing has to wait
 for it. ``csrc/cpu/common/kernels.h`` has the same codes.
@@ -9,9 +15,10 @@ from __future__ import annotations
 STATUS_OK = 0
 STATUS_NON_FINITE = 1
 STATUS_NOT_CONVERGED = 2
+STATUS_OVERFLOW = 3  # of finite data: a Riemannian gradient, a moment or a move past its dtype's range
 
 PATH_NEWTON_SCHULZ = 0
 PATH_FLOAT64_GRAM = 1
 PATH_SVD = 2
 
-INFO_COLUMNS = 4
+INFO_COLUMNS = 5

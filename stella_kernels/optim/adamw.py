@@ -48,8 +48,8 @@ class StellaAdamW(AdamW):
 
     Attributes:
         factors: the constrained factors, in order.
-        last_info: of the last step, (k, 4) float64 on the CPU, a row for each factor that had a gradient: status,
-            ``‖QᵀQ − I‖``, iterations, path. None before the first step.
+        last_info: of the last step, (k, 5) float64 on the CPU, a row for each factor that had a gradient: status,
+            ``‖QᵀQ − I‖``, iterations, path, drift (``operators/status.py``). None before the first step.
         skipped: how many steps each factor has skipped, by name.
         coupled_reason: with ``coupled``, by name, why a factor is not coupled.
 
@@ -294,7 +294,6 @@ class StellaAdamW(AdamW):
                 [s.exp_avg_sq_view for s in slots],
                 [known.get(s.index, call.unknown) for s in slots],
                 call.hyperparameters,
-                self.skip_nonfinite,
             )
             infos.append(rows.cpu())
         if len(infos) == 1:

@@ -127,8 +127,9 @@ class Attachment:
 
     Attributes:
         factors: the factors that were found, in order.
-        last_info: of the last step, (k, 4) float64 on the CPU, a row for each factor that had a gradient: status,
-            ``‖QᵀQ − I‖``, iterations, path (NaN where the retraction is not 'polar'). None before the first step.
+        last_info: of the last step, (k, 5) float64 on the CPU, a row for each factor that had a gradient: status,
+            ``‖QᵀQ − I‖``, iterations, path (NaN where the retraction is not 'polar') and drift, as in
+            ``operators/status.py``. None before the first step.
     """
 
     def __init__(
@@ -319,12 +320,13 @@ class Attachment:
         rows: list[list[float]] = []
         for new, old, divisor in zip(moved, previous, divisors, strict=True):
             if not bool(new.isfinite().all()):
-                rows.append([STATUS_NON_FINITE, float("nan"), 0.0, float("nan")])
+                rows.append([STATUS_NON_FINITE, float("nan"), 0.0, float("nan"), float("nan")])
                 continue
             wide = torch.float32 if new.dtype in targets.HALF_DTYPES else new.dtype
             Q = stiefel.project_retract(old.to(wide), new.to(wide), divisor, self._retraction)  # (n, r)
             residual = float(stiefel.orthonormality_error(Q))
             status = STATUS_OK if residual < float("inf") else STATUS_NON_FINITE
-            rows.append([status, residual, 0.0, float("nan")])
+            drift = float(stiefel.orthonormality_error(old.double()))
+            rows.append([status, residual, 0.0, float("nan"), drift])
             new.copy_(Q)
         return torch.tensor(rows, dtype=torch.float64, device="cpu")

@@ -140,13 +140,14 @@ class QuotientStep:
             product.core.detach().copy_(core)
 
     def _retracted(self, Y: Tensor, move: Tensor) -> tuple[Tensor, list[float]]:
+        drift = float(stiefel.orthonormality_error(Y.double()))
         if self._retraction == "polar":
             Q, info = torch.ops.stella_kernels.polar(Y + move, self._method)
-            return Q, info[0].tolist()
+            return Q, [*info[0, :-1].tolist(), drift]
         Q = stiefel.RETRACTIONS[self._retraction](Y, move)  # (n, r)
         residual = float(stiefel.orthonormality_error(Q))
         status = STATUS_OK if residual < float("inf") else STATUS_NON_FINITE
-        return Q, [status, residual, 0.0, float("nan")]
+        return Q, [status, residual, 0.0, float("nan"), drift]
 
 
 def _wide(U: Tensor, S: Tensor, V: Tensor) -> Triple:

@@ -51,6 +51,11 @@ def matrix(case: Case, shape: tuple[int, ...], generator: torch.Generator) -> Te
         return torch.zeros(shape, dtype=torch.float64)
     if case.kind == "graded":  # columns from 1 down to 1e-4
         return gaussian(case, shape, generator) * torch.logspace(0, -4, r, dtype=torch.float64)
+    if case.kind.startswith("apart"):  # one column, and orthogonal to it all others, this much shorter
+        M = gaussian(case, shape, generator) * float(case.kind.removeprefix("apart")) / math.sqrt(shape[-2])
+        M[..., 0, :], M[..., 0] = 0.0, 0.0
+        M[..., 0, 0] = 1.0
+        return M
     if case.kind == "orthonormal":
         return orthonormal(shape, generator)
     if case.kind == "near-orthonormal":

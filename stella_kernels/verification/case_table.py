@@ -88,6 +88,10 @@ def _polar_cases() -> list[Case]:
                     table.append(
                         Case("polar", kind, ((n, r),), dtype, "columns", method=method, quick=method == "auto")
                     )
+    for kind in ("apart1e-06", "apart1e-12", "apart1e-13", "apart1e-14", "apart1e-15", "apart1e-17", "apart1e-30"):
+        table.append(Case("polar", kind, ((40, 4),), torch.float64, "rows", quick=kind == "apart1e-14"))
+        table.append(Case("polar", kind, ((5, 101, 9),), torch.float64, "columns", method="svd"))
+        table.append(Case("polar", kind, ((40, 4),), torch.float32, "rows"))
     table.append(Case("polar", "condition1000", ((9001, 16),), torch.float32, "columns"))
     table.append(Case("polar", "rank-deficient", ((9001, 16),), torch.float32, "rows"))
     table.append(Case("polar", "rank-deficient", ((64, 64),), torch.float32, "rows"))
@@ -134,6 +138,15 @@ def _gradient_cases() -> list[Case]:
         table.append(Case("riemannian_gradient_", "aligned", _SMALL, dtype, "columns", quick=True))
     for scale in (1e-30, 1e-20, 1e20, 1e30):
         table.append(Case("riemannian_gradient_", "scale", _SMALL, torch.float32, "rows", scale=scale, quick=True))
+    for index, dtype in enumerate(DTYPES):
+        table.append(Case("riemannian_gradient_", "drifted", _SMALL, dtype, STORAGES[index % 3], quick=True))
+        table.append(Case("riemannian_gradient_", "overflow", _SMALL, dtype, STORAGES[index % 3], quick=True))
+    for shapes in (((9001, 16),), (_MIXED[1], _MIXED[0], _MIXED[4])):  # the tall one, whose rows are shared
+        table.append(Case("riemannian_gradient_", "overflow", shapes, torch.float32, "columns", quick=True))
+        table.append(Case("riemannian_gradient_", "drifted", shapes, torch.float32, "columns"))
+    # near the end of the range, and within it: what a bound alone would refuse
+    for dtype, scale in ((torch.float32, 1e37), (torch.bfloat16, 1e37), (torch.float16, 1e3)):
+        table.append(Case("riemannian_gradient_", "large", _SMALL, dtype, "rows", scale=scale, quick=True))
     return table
 
 
@@ -151,6 +164,14 @@ def _retract_cases() -> list[Case]:
         table.append(
             Case("project_retract_", "step", _SMALL, torch.float32, "rows", scale=step, method="newton_schulz")
         )
+    for index, dtype in enumerate(DTYPES):
+        table.append(Case("project_retract_", "drifted", _SMALL, dtype, STORAGES[index % 3], scale=0.2, quick=True))
+    table.append(Case("project_retract_", "drifted", ((9001, 16),), torch.float32, "rows", scale=0.2))
+    table.append(Case("project_retract_", "drifted", _SMALL, torch.float32, "rows", scale=0.2, method="svd"))
+    for step in (1.0, 5.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0):  # the columns' steps from this down to 1e-12 of it
+        for dtype in (torch.float32, torch.float64):
+            shapes = ((774, 6), (60, 8), (300, 16))
+            table.append(Case("project_retract_", "graded", shapes, dtype, "rows", scale=step, quick=step == 20.0))
     for divisor in (0.3, 2.7, 100.0):
         table.append(Case("project_retract_", "step", _MIXED, torch.float32, "columns", 0.2, divisor, quick=True))
         table.append(Case("project_retract_", "step", _SMALL, torch.float64, "rows", 0.2, divisor))
@@ -167,12 +188,12 @@ def _adamw_cases() -> list[Case]:
     table.append(Case(operator, "step", ((4097, 8), (769, 4), (17, 12)), torch.float32, "columns", 0.2, quick=True))
     for index, dtype in enumerate(DTYPES):
         storage = STORAGES[index % 3]
-        for kind in ("coupled", "first", "skipped", "refused"):
+        for kind in ("coupled", "first", "drifted", "overflow", "refused"):
             table.append(Case(operator, kind, _SMALL, dtype, storage, 0.2, quick=True))
         table.append(Case(operator, "storages", _SMALL, dtype, scale=0.2, quick=True))
         for step in (0.0, 1e-6, 1e-3, 0.5, 3.0, 1e2, 1e4):
             table.append(Case(operator, "step", _SMALL, dtype, storage, step, quick=dtype == torch.float32))
-    for kind in ("skipped", "refused"):  # the tall one, whose rows are shared, is the second, and alone
+    for kind in ("overflow", "refused"):  # the tall one, whose rows are shared, is the second, and alone
         table.append(Case(operator, kind, (_MIXED[1], _MIXED[0]), torch.float32, "columns", 0.2, quick=True))
         table.append(Case(operator, kind, ((20000, 8),), torch.float32, "rows", 0.2, quick=True))
     table.append(Case(operator, "storages", _MIXED, torch.float32, scale=0.2, quick=True))

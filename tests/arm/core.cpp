@@ -25,6 +25,7 @@ void report(const std::vector<stella::Outcome>& outcomes, double* info) {
     *info++ = o.residual;
     *info++ = o.iterations;
     *info++ = static_cast<double>(o.path);
+    *info++ = o.drift;
   }
 }
 
@@ -56,12 +57,12 @@ __attribute__((used)) void riemannian_gradient(const MatrixView* gradients, cons
 
 // `views` are factor, gradient and both moments of each job, `settings` its eight numbers in the order of AdamwJob.
 __attribute__((used)) void stella_adamw(const MatrixView* views, const double* settings, const double* const* couplings,
-                                        int64_t count, int64_t skip_nonfinite, double* info) {
+                                        int64_t count, double* info) {
   std::vector<stella::AdamwJob> jobs;
   for (int64_t i = 0; i < count; ++i, views += 4, settings += 8)
     jobs.push_back({views[0], views[1], views[2], views[3], settings[0], settings[1], settings[2], settings[3],
                     settings[4], settings[5], settings[6], settings[7], couplings[i]});
-  report(stella::adamw(pool(), jobs, skip_nonfinite != 0), info);
+  report(stella::adamw(pool(), jobs), info);
 }
 
 // `views` are x, y, A, the bias, U, V and S.

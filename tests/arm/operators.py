@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stella_kernels.operators import signatures
+from stella_kernels.operators.status import INFO_COLUMNS
 from stella_kernels.reference import philox
 from tests.arm.emulator import Machine
 
@@ -67,26 +68,26 @@ class Arm64:
 
     def polar(self, a: signatures.Polar) -> tuple[Tensor, Tensor]:
         Q = torch.full(a.M.shape, torch.nan, dtype=a.M.dtype)
-        info = torch.full((a.M.shape[:-2].numel(), 4), torch.nan, dtype=torch.float64)
+        info = torch.full((a.M.shape[:-2].numel(), INFO_COLUMNS), torch.nan, dtype=torch.float64)
         batch = list(itertools.product(*map(range, a.M.shape[:-2])))
         views = [self._views([t[i] for i in batch]) for t in (a.M, Q)]
         self._run("polar", *views, len(info), _METHODS[a.method], self._place(info))
         return Q, info
 
     def riemannian_gradient_(self, a: signatures.RiemannianGradient) -> Tensor:
-        info = torch.full((len(a.factors), 4), torch.nan, dtype=torch.float64)
+        info = torch.full((len(a.factors), INFO_COLUMNS), torch.nan, dtype=torch.float64)
         views = [self._views(each) if each else 0 for each in (a.gradients, a.factors, a.snapshots)]
         self._run("riemannian_gradient", *views, len(info), self._place(info))
         return info
 
     def project_retract_(self, a: signatures.ProjectRetract) -> Tensor:
-        info = torch.full((len(a.moved), 4), torch.nan, dtype=torch.float64)
+        info = torch.full((len(a.moved), INFO_COLUMNS), torch.nan, dtype=torch.float64)
         arguments = self._views(a.moved), self._views(a.previous), self._doubles(a.divisors)
         self._run("project_retract", *arguments, len(info), _METHODS[a.method], self._place(info))
         return info
 
     def stella_adamw_(self, a: signatures.StellaAdamWStep) -> Tensor:
-        info = torch.full((len(a.factors), 4), torch.nan, dtype=torch.float64)
+        info = torch.full((len(a.factors), INFO_COLUMNS), torch.nan, dtype=torch.float64)
         tensors = [t for job in zip(a.factors, a.gradients, a.exp_avgs, a.exp_avg_sqs, strict=True) for t in job]
         settings = []
         for rate, beta1, beta2, eps, step, divisor, sign in a.hyperparameters.tolist():
@@ -94,7 +95,7 @@ class Arm64:
         known = [self._doubles(K.double().flatten().tolist()) if K.numel() else 0 for K in a.couplings]
         addresses = self._machine.put(struct.pack(f"<{len(known)}Q", *known))
         arguments = self._views(tensors), self._doubles(settings), addresses
-        self._run("stella_adamw", *arguments, len(info), int(a.skip_nonfinite), self._place(info))
+        self._run("stella_adamw", *arguments, len(info), self._place(info))
         return info
 
     def _dropout(self, p: float, seed: Tensor | None) -> int:

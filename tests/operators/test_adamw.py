@@ -122,7 +122,7 @@ def test_operator_does_not_move_a_factor_to_nan(operator: str, where: int) -> No
 
 @pytest.mark.parametrize("operator", sorted(OPERATORS))
 def test_operator_takes_no_factors(operator: str) -> None:
-    info = OPERATORS[operator]([], [], [], [], [], torch.empty(0, 7, dtype=F64), False)
+    info = OPERATORS[operator]([], [], [], [], [], torch.empty(0, 7, dtype=F64))
     assert info.shape == (0, 4)
 
 

@@ -232,7 +232,7 @@ def test_a_training_step_never_leaves_the_fast_path(n: int, r: int) -> None:
     retracted = kernels.project_retract_([moved.clone()], [Y], [1.0], "auto")
     hyperparameters = torch.tensor([[0.05 / math.sqrt(n), 0.9, 0.999, 1e-8, 1.0, 1.0, 1.0]], dtype=torch.float64)
     moments = [torch.zeros_like(Y)], [torch.zeros_like(Y)]
-    stepped = kernels.stella_adamw_([Y.clone()], [gradient], *moments, [torch.empty(0)], hyperparameters, False)
+    stepped = kernels.stella_adamw_([Y.clone()], [gradient], *moments, [torch.empty(0)], hyperparameters)
     assert torch.cat([batch, retracted, stepped])[:, 3].tolist() == 7 * [status.PATH_NEWTON_SCHULZ]
 
 

@@ -158,7 +158,7 @@ def step(shapes):
     rows = torch.tensor([[1e-3, 0.9, 0.999, 1e-8, 1.0, 1.0, 1.0]] * len(Y), dtype=torch.float64)
     counts = []
     for name, arguments in (
-        ("stella_adamw_", (Y, G, m, v, [Y[0].new_empty(0)] * len(Y), rows, False)),
+        ("stella_adamw_", (Y, G, m, v, [Y[0].new_empty(0)] * len(Y), rows)),
         ("riemannian_gradient_", (G, Y, [])),
         ("project_retract_", ([y + 0.01 for y in Y], Y, [1.0] * len(Y), "auto")),
     ):
@@ -202,7 +202,7 @@ def step(couplings, rows, dtype=torch.float32):
     Y = torch.linalg.qr(torch.randn(20, 4)).Q.to(dtype)
     before = Y.clone()
     try:
-        arguments = [[Y], [torch.randn_like(Y)], [torch.zeros_like(Y)], [torch.zeros_like(Y)], couplings, rows, False]
+        arguments = [[Y], [torch.randn_like(Y)], [torch.zeros_like(Y)], [torch.zeros_like(Y)], couplings, rows]
         operators()["stella_adamw_"](*arguments)
     except RuntimeError as error:
         return [str(error), torch.equal(Y, before)]

@@ -102,11 +102,11 @@ def _wrong_retract(
 
 
 def _wrong_adamw(
-    factors: list[torch.Tensor], gradients: list[torch.Tensor], *rest: torch.Tensor | list[torch.Tensor] | bool
+    factors: list[torch.Tensor], gradients: list[torch.Tensor], *rest: torch.Tensor | list[torch.Tensor]
 ) -> torch.Tensor:
-    *moments_and_couplings, hyperparameters, skip = rest
+    *moments_and_couplings, hyperparameters = rest
     slower = hyperparameters * torch.tensor([0.99, 1, 1, 1, 1, 1, 1], dtype=torch.float64)
-    return torch.ops.stella_kernels.stella_adamw_(factors, gradients, *moments_and_couplings, slower, skip)
+    return torch.ops.stella_kernels.stella_adamw_(factors, gradients, *moments_and_couplings, slower)
 
 
 @pytest.mark.parametrize(

@@ -27,15 +27,17 @@ STELLA_INLINE bool takes_short_step(double e, double tolerance) {
   return !(e < 1.0) || e * e * (0.75 + 0.25 * e) <= tolerance;
 }
 
-// Number of steps that take an error of `bound` below `tolerance`, by the recursion; -1 when none is promised.
+// What a step leaves of an error of norm e, by the recursion.
+inline double error_after(double e, double tolerance) {
+  if (takes_short_step(e, tolerance)) return e * e * (0.75 + 0.25 * e);
+  return e * e * e * (0.625 + e * (15.0 + 9.0 * e) / 64.0);
+}
+
+// Number of steps that take an error of `bound` below `tolerance`; -1 when none is promised.
 inline int steps_for(double bound, double tolerance) {
   if (!(bound < 1.0)) return -1;
   int steps = 0;
-  while (bound > tolerance && steps < kMaximumIterations) {
-    const double e = bound, cube = e * e * e;
-    bound = takes_short_step(e, tolerance) ? e * e * (0.75 + 0.25 * e) : cube * (0.625 + e * (15.0 + 9.0 * e) / 64.0);
-    ++steps;
-  }
+  for (; bound > tolerance && steps < kMaximumIterations; ++steps) bound = error_after(bound, tolerance);
   return steps;
 }
 
@@ -177,6 +179,7 @@ SmallResult inverse_square_root(const double* G, int64_t r, double tolerance, do
   result.iterations = 1;
 
   int remaining = steps_for(bound, tolerance) - 1;  // one step is behind us; negative: not known yet
+  double expected = promised ? error_after(bound, tolerance) : __builtin_inf();  // bound on the spectral norm
   double previous = 1e300;
   for (;;) {
     multiply(Z, Y, r, P);  // Z Y -> I
@@ -197,7 +200,10 @@ SmallResult inverse_square_root(const double* G, int64_t r, double tolerance, do
     previous = error;
     // Y <- T^T Y and Z <- T Z with T a polynomial of Z Y: the orders in which round-off is damped (Higham 2008, section
     // 6.4); with Z <- T^T Z it grows until nothing is left, at condition numbers of 100 already.
-    iteration_factor(P, r, error, tolerance, square, T);
+    // The steps that were counted: the measured norm, Frobenius', may be past one where the spectral one is not.
+    const double least = error < expected ? error : expected;
+    iteration_factor(P, r, least, tolerance, square, T);
+    expected = error_after(least, tolerance);
     multiply(T, Y, r, P);
     swap = Y;
     Y = P;

@@ -14,7 +14,7 @@ constexpr int64_t bytes_of(Storage storage) {
 
 enum class Method : int { automatic, newton_schulz, svd };
 
-enum class Status : int { ok = 0, non_finite = 1, not_converged = 2 };
+enum class Status : int { ok = 0, non_finite = 1, not_converged = 2, overflow = 3 };
 
 enum class Path : int { newton_schulz = 0, float64_gram = 1, svd = 2 };
 
@@ -27,9 +27,10 @@ struct MatrixView {
 
 struct Outcome {
   Status status = Status::ok;
-  double residual = 0.0;  // ||Q^T Q - I||_F, measured, or bounded where the condition number is
+  double residual = 0.0;  // bound on ||Q^T Q - I||_F of Q as it was stored: see residual.h
   int iterations = 0;
   Path path = Path::newton_schulz;
+  double drift = 0.0;  // ||Y^T Y - I||_F of the Y where the step began; NaN where that was not computed
 };
 
 // out = uf(in).
@@ -84,8 +85,8 @@ struct IsaKernels {
   void (*polar)(const PolarJob&, Method, Outcome*);
   void (*retract)(const RetractJob&, Method, Outcome*);
   void (*gradient)(const GradientJob&, Outcome*);
-  // Whether rows [begin, end) hold finite values only.
-  bool (*all_finite)(const MatrixView&, int64_t begin, int64_t end);
+  // The largest magnitude in rows [begin, end): infinite where a value is not finite.
+  double (*largest_magnitude)(const MatrixView&, int64_t begin, int64_t end);
 
   // The same in phases, for a matrix shared between threads: Gram of a block of rows into `gram` (order x order
   // float64, order = r or 2r), the small solve, the update of a block of rows. `coefficients` is float64 (order x r).
@@ -97,10 +98,15 @@ struct IsaKernels {
   void (*retract_gram)(const RetractJob&, int64_t begin, int64_t end, double* gram);
   bool (*retract_solve)(const RetractJob&, const double* gram, double* coefficients, Outcome*);
   void (*retract_update)(const RetractJob&, int64_t begin, int64_t end, const double* coefficients);
+  // gradient^T Y and Y^T Y, side by side in `gram` (2 of r x r).
   void (*gradient_gram)(const GradientJob&, int64_t begin, int64_t end, double* gram);
+  // Whether the gradient can be updated; the outcome says why not. `bounded`: not by an orthonormal factor's overflow.
+  bool (*gradient_accept)(const GradientJob&, const double* gram, bool bounded, Outcome*);
   void (*gradient_update)(const GradientJob&, int64_t begin, int64_t end, const double* gram);
 
   void (*adamw)(const AdamwJob&, Outcome*);
+  // Whether the step can be taken and its moments stored; the outcome says why not. Nothing is written.
+  bool (*adamw_fits)(const AdamwJob&, Outcome*);
   // In phases: gradient^T factor; moments and step (kept in `steps`, of adamw_steps_bytes)
   // with the Gram of [Y, step] (2r x 2r); the solve; the update; and, when the solve refuses, the slow way.
   int64_t (*adamw_steps_bytes)(const AdamwJob&);

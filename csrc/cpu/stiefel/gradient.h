@@ -6,6 +6,7 @@
 #endif
 
 #include "stiefel/passes.h"
+#include "stiefel/value_range.h"
 
 namespace stella::STELLA_ISA {
 namespace {
@@ -54,63 +55,97 @@ void stream_fence(const GradientJob& job) {
 #endif
 }
 
-// K = gradient^T Y, added to `gram` (r x r).
+// K = gradient^T Y and C = Y^T Y (its upper triangle at least), added to `gram`, one r x r after the other.
 template <typename T>
 void cross_pass(const GradientJob& job, Panels<T>& panels, double* gram) {
-  const int64_t r = panels.first->r;
+  const int64_t r = panels.first->r, leading = panels.leading;
   for (int64_t i = panels.begin; i < panels.end; i += panels.chunk) {
     const T* panel = panels.at(i);
-    const T* factor = panel + r * panels.leading;
-    copy_rows(job, i, panels.rows(i), factor, panels.leading);
-    gram_block(panel, panels.leading, r, factor, panels.leading, r, panels.padded(i), gram, r, false);
+    const T* factor = panel + r * leading;
+    copy_rows(job, i, panels.rows(i), factor, leading);
+    gram_block(panel, leading, r, factor, leading, r, panels.padded(i), gram, r, false);
+    gram_block(factor, leading, r, factor, leading, r, panels.padded(i), gram + r * r, r, true);
   }
   panels.packed = panels.kept;
 }
 
-// gradient += Y (-K): turns K into coefficients in place.
-template <typename T>
-void subtract_pass(const Panels<T>& panels, const MatrixView& gradient, const double* gram) {
-  const int64_t r = gradient.r;
-  Buffer small;
+// -K
+const double* negative_coupling(const double* gram, int64_t r, Buffer& small) {
   double* coefficients = small.reserve<double>(r * r);
   for (int64_t i = 0; i < r * r; ++i) coefficients[i] = -gram[i];
-  update_pass(panels, coefficients, r, true, gradient, nullptr);
+  return coefficients;
 }
 
-bool coupling_finite(const double* gram, int64_t r) {
-  double sum = 0.0;
-  for (int64_t i = 0; i < r * r; ++i) sum += gram[i] * 0.0;
-  return sum == 0.0;
+// gradient += Y (-K)
+template <typename T>
+void subtract_pass(const Panels<T>& panels, const MatrixView& gradient, const double* gram) {
+  Buffer small;
+  update_pass(panels, negative_coupling(gram, gradient.r, small), gradient.r, true, gradient, nullptr);
 }
 
-// A gradient is finite when it comes here; a K that is not finite betrays the factor, and the gradient is left alone.
-void gradient(const GradientJob& job, Outcome* outcome) {
-  if (job.gradient.n == 0 || job.gradient.r == 0) return;
+// Whether gradient - Y K stays finite when it is stored; it is computed, and written nowhere.
+template <typename T>
+bool difference_fits(const Panels<T>& panels, const MatrixView& gradient, const double* gram) {
+  const int64_t r = gradient.r;
+  Buffer small;
+  bool finite = true;
+  for_updated_chunks(panels, negative_coupling(gram, r, small), r, true, [&](const T* result, int64_t i) {
+    finite = finite && fits(result, panels.leading, panels.rows(i), r, gradient.storage);
+  });
+  return finite;
+}
+
+// A gradient is finite when it comes here. What cannot be bounded beforehand is tried, and the gradient left alone where
+// it overflows or the factor is not finite.
+template <typename T>
+bool accept(const GradientJob& job, const Panels<T>& panels, const double* gram, bool bounded, Outcome* outcome) {
+  const int64_t r = job.gradient.r;
+  outcome->drift = root_of_sum(gram + r * r, r, r);
+  if (bounded && outcome->drift <= kNearDrift) return true;
+  if (!all_finite(job.factor))
+    outcome->status = Status::non_finite;
+  else if (!difference_fits(panels, job.gradient, gram))
+    outcome->status = Status::overflow;
+  return outcome->status == Status::ok;
+}
+
+// Calls body with the panels of rows [begin, end).
+template <typename Body>
+void with_gradient_panels(const GradientJob& job, int64_t begin, int64_t end, Body&& body) {
   with_arithmetic(job.gradient, [&](auto zero) {
-    Panels<decltype(zero)> panels(&job.gradient, &job.factor, false, 1, 0, job.gradient.n);
-    double* gram = zeroed_gram(job.gradient.r);
+    Panels<decltype(zero)> panels(&job.gradient, &job.factor, false, 1, begin, end);
+    body(panels);
+  });
+}
+
+void gradient(const GradientJob& job, Outcome* outcome) {
+  const int64_t n = job.gradient.n, r = job.gradient.r;
+  if (n == 0 || r == 0) return;
+  with_gradient_panels(job, 0, n, [&](auto& panels) {
+    double* gram = zeroed_blocks(2, r);
     cross_pass(job, panels, gram);
     stream_fence(job);
-    if (coupling_finite(gram, job.gradient.r))
-      subtract_pass(panels, job.gradient, gram);
-    else
-      outcome->status = Status::non_finite;
+    if (accept(job, panels, gram, true, outcome)) subtract_pass(panels, job.gradient, gram);
   });
 }
 
 void gradient_gram(const GradientJob& job, int64_t begin, int64_t end, double* gram) {
-  with_arithmetic(job.gradient, [&](auto zero) {
-    Panels<decltype(zero)> panels(&job.gradient, &job.factor, false, 1, begin, end);
+  with_gradient_panels(job, begin, end, [&](auto& panels) {
     cross_pass(job, panels, gram);
     stream_fence(job);
   });
 }
 
+bool gradient_accept(const GradientJob& job, const double* gram, bool bounded, Outcome* outcome) {
+  *outcome = Outcome();
+  bool accepted = false;
+  with_gradient_panels(job, 0, job.gradient.n,
+                       [&](auto& panels) { accepted = accept(job, panels, gram, bounded, outcome); });
+  return accepted;
+}
+
 void gradient_update(const GradientJob& job, int64_t begin, int64_t end, const double* gram) {
-  with_arithmetic(job.gradient, [&](auto zero) {
-    const Panels<decltype(zero)> panels(&job.gradient, &job.factor, false, 1, begin, end);
-    subtract_pass(panels, job.gradient, gram);
-  });
+  with_gradient_panels(job, begin, end, [&](auto& panels) { subtract_pass(panels, job.gradient, gram); });
 }
 
 }  // namespace

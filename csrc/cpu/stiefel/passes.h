@@ -8,6 +8,7 @@
 #include "common/inverse_square_root.h"
 #include "common/kernels.h"
 #include "common/panel.h"
+#include "stiefel/residual.h"
 
 namespace stella::STELLA_ISA {
 namespace {
@@ -41,11 +42,6 @@ void with_arithmetic(const MatrixView& view, Body&& body) {
     body(0.0);
   else
     body(0.0f);
-}
-
-template <typename T>
-constexpr double unit_roundoff() {
-  return std::is_same_v<T, float> ? 5.97e-8 : 1.12e-16;
 }
 
 // The panels of one or two operands of equal shape, packed chunk by chunk; the first operand's columns come first.
@@ -112,12 +108,12 @@ void gram_pass(Panels<T>& panels, double* gram) {
   panels.packed = panels.kept;
 }
 
-// out <- base + (packed columns from `skip` on) * coefficients, chunk by chunk; the base is the first operand or
-// nothing. With `gram`, adds the Gram matrix of what was written.
-template <typename T>
-void update_pass(const Panels<T>& panels, const double* coefficients, int64_t skip, bool first_is_base,
-                 const MatrixView& out, double* gram) {
-  const int64_t r = out.r, out_rows = round_up(r, kCombineColumns), terms = panels.order - skip;
+// body(result, first row) for each chunk of base + (packed columns from `skip` on) * coefficients (with r columns); the
+// base is the first operand or nothing.
+template <typename T, typename Body>
+void for_updated_chunks(const Panels<T>& panels, const double* coefficients, int64_t skip, bool first_is_base,
+                        const Body& body) {
+  const int64_t r = panels.first->r, out_rows = round_up(r, kCombineColumns), terms = panels.order - skip;
   Scratch& s = scratch();
   T* blocked = s.coefficients.reserve<T>(terms * out_rows);
   block_coefficients(coefficients, r, terms, r, blocked);
@@ -127,19 +123,19 @@ void update_pass(const Panels<T>& panels, const double* coefficients, int64_t sk
     // The base's columns are padded to four by the panel's rows that follow them; what lands there is never read.
     combine(panel + skip * panels.leading, terms, panels.leading, blocked, r, first_is_base ? panel : nullptr, result,
             panels.leading, panels.padded(i));
-    if (gram) gram_block(result, panels.leading, r, result, panels.leading, r, panels.padded(i), gram, r, true);
-    unpack(result, panels.leading, out, i, panels.rows(i));
+    body(result, i);
   }
 }
 
-double root_of_sum(const double* upper, int64_t r, int64_t leading) {
-  double sum = 0.0;
-  for (int64_t i = 0; i < r; ++i)
-    for (int64_t j = i; j < r; ++j) {
-      const double e = upper[i * leading + j] - (i == j ? 1.0 : 0.0);
-      sum += (i == j ? 1.0 : 2.0) * e * e;
-    }
-  return __builtin_sqrt(sum);
+// The same, to `out`. With `gram`, adds the Gram matrix of what was written, before it was stored.
+template <typename T>
+void update_pass(const Panels<T>& panels, const double* coefficients, int64_t skip, bool first_is_base,
+                 const MatrixView& out, double* gram) {
+  const int64_t r = out.r;
+  for_updated_chunks(panels, coefficients, skip, first_is_base, [&](const T* result, int64_t i) {
+    if (gram) gram_block(result, panels.leading, r, result, panels.leading, r, panels.padded(i), gram, r, true);
+    unpack(result, panels.leading, out, i, panels.rows(i));
+  });
 }
 
 // Full symmetric square with padded leading dimension from the upper triangle of rows and columns [at, at + r).
@@ -159,17 +155,14 @@ double solve_tolerance() {
   return std::is_same_v<T, float> ? 1e-9 : 1e-15;
 }
 
-// What a residual may be: the round-off of r columns of unit length, with room for the condition limit above.
-template <typename T>
-double residual_limit(int64_t r) {
-  return 64.0 * unit_roundoff<T>() * __builtin_sqrt(static_cast<double>(r));
-}
-
-double* zeroed_gram(int64_t order) {
-  double* gram = scratch().gram.reserve<double>(order * order);
-  for (int64_t i = 0; i < order * order; ++i) gram[i] = 0.0;
+// `count` squares of this order.
+double* zeroed_blocks(int64_t count, int64_t order) {
+  double* gram = scratch().gram.reserve<double>(count * order * order);
+  for (int64_t i = 0; i < count * order * order; ++i) gram[i] = 0.0;
   return gram;
 }
+
+double* zeroed_gram(int64_t order) { return zeroed_blocks(1, order); }
 
 }  // namespace
 }  // namespace stella::STELLA_ISA

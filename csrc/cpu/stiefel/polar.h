@@ -11,9 +11,8 @@ namespace {
 
 // coefficients (r x r) = G^(-1/2) from the Gram's upper triangle.
 //
-// The residual of Q = M R is that of R G R, plus R E R for the round-off E of the Gram, plus the round-off of the
-// product: with the condition number bounded, unit * sqrt(r) * (2 + 4 condition) covers both. Where it is not, the
-// outcome's residual is infinite: it has to be measured on Q.
+// The residual is bounded (residual.h) where the condition number is. Where that is not, the outcome's residual is
+// infinite: it has to be measured on Q.
 template <typename T>
 bool polar_coefficients(const double* gram, int64_t r, double tolerance, double limit, double* coefficients,
                         Outcome* outcome) {
@@ -27,8 +26,8 @@ bool polar_coefficients(const double* gram, int64_t r, double tolerance, double 
   if (!result.converged || !(result.condition <= limit)) return false;
   for (int64_t i = 0; i < r; ++i)
     for (int64_t j = 0; j < r; ++j) coefficients[i * r + j] = R[i * leading + j];
-  const double roundoff = unit_roundoff<T>() * __builtin_sqrt(static_cast<double>(r)) * (2.0 + 4.0 * result.condition);
-  outcome->residual = result.bounded ? result.residual + roundoff : __builtin_inf();
+  outcome->residual =
+      result.bounded ? result.residual + product_roundoff<T>(r, result.condition) : __builtin_inf();
   return true;
 }
 
@@ -147,13 +146,24 @@ bool polar_newton_schulz(const PolarJob& job, T scale, double limit, Outcome* ou
   } else {
     gram = zeroed_gram(r);
     passes.update(coefficients, gram);
-    outcome->residual = root_of_sum(gram, r, r);
+    outcome->residual = root_of_sum(gram, r, r) + measured_roundoff<T>(r);
   }
   // Float64 arithmetic on shorter data: the Gram's round-off times its condition number, well below the storage's.
   const bool widened = std::is_same_v<T, double> && job.in.storage != Storage::float64;
-  return outcome->residual <= (widened ? residual_limit<float>(r) / 64.0 : residual_limit<T>(r));
+  const bool done = outcome->residual <= (widened ? residual_limit<float>(r) / 64.0 : residual_limit<T>(r));
+  outcome->residual = stored_residual<T>(outcome->residual, job.out);
+  return done;
 }
 
+// ||A^T A - I||_F of the n x r column-major A.
+double gram_error(const double* A, int64_t n, int64_t r) {
+  double* gram = zeroed_gram(r);
+  for (int64_t i = 0; i < r; ++i)
+    for (int64_t j = i; j < r; ++j) gram[i * r + j] = dot(A + i * n, A + j * n, n);
+  return root_of_sum(gram, r, r);
+}
+
+// The factor is judged before it is written: whatever the iteration says of itself, it is orthonormal or not returned.
 bool svd_to(double* columns, const MatrixView& out, Outcome* outcome) {
   const int64_t n = out.n, r = out.r;
   Buffer factor;
@@ -163,11 +173,14 @@ bool svd_to(double* columns, const MatrixView& out, Outcome* outcome) {
     outcome->status = Status::not_converged;
     return false;
   }
+  const double residual = gram_error(Q, n, r) + measured_roundoff<double>(r);
+  if (!(residual <= residual_limit<double>(r) * __builtin_sqrt(static_cast<double>(r)))) {
+    outcome->status = Status::not_converged;
+    outcome->residual = residual;
+    return false;
+  }
   unpack(Q, n, out, 0, n);
-  double* gram = zeroed_gram(r);
-  for (int64_t i = 0; i < r; ++i)
-    for (int64_t j = i; j < r; ++j) gram[i * r + j] = dot(Q + i * n, Q + j * n, n);
-  outcome->residual = root_of_sum(gram, r, r);
+  outcome->residual = stored_residual<double>(residual, out);
   return true;
 }
 
@@ -192,12 +205,12 @@ void polar(const PolarJob& job, Method method, Outcome* outcome) {
     if (done) return;
   }
   // Off the fast path: look at the data, scale it into range, work in float64.
-  if (!all_finite(job.in, 0, n)) {
+  const double largest = largest_magnitude(job.in, 0, n);
+  if (!is_finite(largest)) {
     outcome->status = Status::non_finite;
     outcome->residual = __builtin_nan("");
     return;
   }
-  const double largest = largest_magnitude(job.in);
   const double scale = largest > 0.0 ? power_of_two_scale(largest) : 1.0;
   if (method != Method::svd && largest > 0.0) {
     outcome->path = Path::float64_gram;
@@ -230,9 +243,14 @@ void polar_update(const PolarJob& job, int64_t begin, int64_t end, const double*
 }
 
 bool polar_accept(const PolarJob& job, const double* gram, Outcome* outcome) {
-  outcome->residual = root_of_sum(gram, job.in.r, job.in.r);
-  return outcome->residual <=
-         (job.in.storage == Storage::float64 ? residual_limit<double>(job.in.r) : residual_limit<float>(job.in.r));
+  bool accepted = false;
+  with_arithmetic(job.in, [&](auto zero) {
+    using T = decltype(zero);
+    const double residual = root_of_sum(gram, job.in.r, job.in.r) + measured_roundoff<T>(job.in.r);
+    accepted = residual <= residual_limit<T>(job.in.r);
+    outcome->residual = stored_residual<T>(residual, job.out);
+  });
+  return accepted;
 }
 
 }  // namespace

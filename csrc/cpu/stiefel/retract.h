@@ -54,8 +54,16 @@ void gram_of_moved(double* C, double* A, double* G, int64_t r, double tolerance)
 
 // From the Gram of [Y, Delta] to R = G^(-1/2), G that of M = Y B + Delta. The new factor is Y (B R) + Delta R; the
 // coefficients (2r x r) are [B R - I; R], to be added to Y, so that round-off scales with the step and not with Y.
+//
+// The residual is bounded (residual.h) with a bound on the condition number; without one, with the Frobenius norms of G
+// and R, which are good enough for float64 beside shorter data only. False where that is not round-off: `limits` are of
+// the condition number and of the residual. The drift is known in any case.
+struct Limits {
+  double condition, residual;
+};
+
 template <typename T>
-bool retract_coefficients(const double* gram, int64_t r, double limit, double* coefficients, Outcome* outcome) {
+bool retract_coefficients(const double* gram, int64_t r, const Limits& limits, double* coefficients, Outcome* outcome) {
   const int64_t order = 2 * r, leading = square_leading(r), size = square_size(r);
   const double tolerance = solve_tolerance<T>();
   Scratch& s = scratch();
@@ -63,6 +71,7 @@ bool retract_coefficients(const double* gram, int64_t r, double limit, double* c
   double* A = C + size;
   double* G = s.square[4].reserve<double>(size);
   double* R = s.square[5].reserve<double>(size);
+  outcome->drift = root_of_sum(gram, r, order);
   symmetric_from_upper(gram, order, 0, r, C);
   symmetric_from_upper(gram, order, r, r, G);  // D
   for (int64_t i = 0; i < size; ++i) A[i] = 0.0;
@@ -71,7 +80,6 @@ bool retract_coefficients(const double* gram, int64_t r, double limit, double* c
   gram_of_moved<T>(C, A, G, r, tolerance);
   const SmallResult result = inverse_square_root<T>(G, r, tolerance, R);
   outcome->iterations += result.iterations;
-  outcome->residual = result.residual;
   // A step along Y cancels in G, and leaves there the round-off of the terms that cancelled.
   double terms = 1.0, sum = 0.0;
   for (int64_t i = 0; i < r; ++i) {
@@ -80,7 +88,14 @@ bool retract_coefficients(const double* gram, int64_t r, double limit, double* c
     if (left > sum) sum = left;
   }
   const double growth = terms > sum ? terms / sum : 1.0;
-  if (!result.converged || !(result.condition * growth <= limit)) return false;
+  if (!result.converged || !(result.condition * growth <= limits.condition)) return false;
+  double condition = result.condition;
+  if (!result.bounded) {
+    const double root = frobenius_norm(R, r);
+    condition = frobenius_norm(G, r) * root * root;
+  }
+  outcome->residual = result.residual + product_roundoff<T>(r, condition * growth);
+  if (!(outcome->residual <= limits.residual)) return false;
   // B R - I = (R - I) - S R: both small, S R a product in T.
   const int64_t padded = square_leading<T>(r);
   T* S = s.square[0].reserve<T>(3 * square_size<T>(r));
@@ -132,16 +147,26 @@ class RetractPasses {
   Panels<T> panels_;
 };
 
+// In T, for what is then stored in `out`; of 'newton_schulz' the condition number alone does not matter.
 template <typename T>
-bool retract_newton_schulz(const RetractJob& job, double limit, Outcome* outcome) {
+Limits retract_limits(const MatrixView& out, bool automatic) {
+  if (std::is_same_v<T, double> && out.storage != Storage::float64)
+    return {automatic ? kWidenedConditionLimit : __builtin_inf(), residual_limit<float>(out.r) / 16.0};
+  if (std::is_same_v<T, float>) return {kFloatConditionLimit, residual_limit<float>(out.r)};
+  return {automatic ? kDoubleConditionLimit : __builtin_inf(), automatic ? residual_limit<double>(out.r) : 1e-8};
+}
+
+template <typename T>
+bool retract_newton_schulz(const RetractJob& job, bool automatic, Outcome* outcome) {
   const int64_t n = job.moved.n, r = job.moved.r;
   double* gram = zeroed_gram(2 * r);
   RetractPasses<T> passes(job, 0, n);
   passes.gram(gram);
   Buffer small;
   double* coefficients = small.reserve<double>(2 * r * r);
-  if (!retract_coefficients<T>(gram, r, limit, coefficients, outcome)) return false;
+  if (!retract_coefficients<T>(gram, r, retract_limits<T>(job.moved, automatic), coefficients, outcome)) return false;
   passes.update(coefficients);
+  outcome->residual = stored_residual<T>(outcome->residual, job.moved);
   return true;
 }
 
@@ -154,6 +179,11 @@ void retract_by_svd(double* Y, double* D, const MatrixView& out, Outcome* outcom
   double largest = 1.0;
   for (int64_t k = 0; k < n * r; ++k)
     if (absolute(D[k]) > largest) largest = absolute(D[k]);
+  if (!is_finite(largest)) {
+    outcome->status = Status::overflow;
+    outcome->residual = __builtin_nan("");
+    return;
+  }
   const double scale = power_of_two_scale(largest);  // uf(c M) = uf(M): the whole of M is formed scaled
   for (int64_t k = 0; k < n * r; ++k) D[k] *= scale;
   for (int64_t i = 0; i < r; ++i)
@@ -171,6 +201,7 @@ void retract_by_svd(const RetractJob& job, Outcome* outcome) {
   double* D = Y + n * r;
   pack<double>(job.previous, 0, n, n, Y, n, 1.0);
   pack<double>(job.moved, 0, n, n, D, n, 1.0);
+  if (!(outcome->drift == outcome->drift)) outcome->drift = gram_error(Y, n, r);
   for (int64_t k = 0; k < n * r; ++k) D[k] = D[k] / job.divisor - Y[k] / job.divisor;
   retract_by_svd(Y, D, job.moved, outcome);
 }
@@ -180,21 +211,21 @@ void retract(const RetractJob& job, Method method, Outcome* outcome) {
   *outcome = Outcome();
   if (n == 0 || r == 0) return;
   const bool wide = job.moved.storage == Storage::float64;
-  const double no_limit = 1e300;
   const bool automatic = method == Method::automatic;
+  outcome->drift = __builtin_nan("");
   if (method != Method::svd) {
-    const bool done = wide ? retract_newton_schulz<double>(job, automatic ? kDoubleConditionLimit : no_limit, outcome)
-                           : retract_newton_schulz<float>(job, kFloatConditionLimit, outcome);
+    const bool done = wide ? retract_newton_schulz<double>(job, automatic, outcome)
+                           : retract_newton_schulz<float>(job, automatic, outcome);
     if (done) return;
   }
-  if (!all_finite(job.moved, 0, n) || !all_finite(job.previous, 0, n)) {
+  if (!all_finite(job.moved) || !all_finite(job.previous)) {
     outcome->status = Status::non_finite;
     outcome->residual = __builtin_nan("");
     return;
   }
   if (method != Method::svd && !wide) {
     outcome->path = Path::float64_gram;
-    if (retract_newton_schulz<double>(job, automatic ? kWidenedConditionLimit : no_limit, outcome)) return;
+    if (retract_newton_schulz<double>(job, automatic, outcome)) return;
   }
   if (method == Method::newton_schulz) {
     outcome->status = Status::not_converged;
@@ -211,9 +242,14 @@ void retract_gram(const RetractJob& job, int64_t begin, int64_t end, double* gra
 }
 
 bool retract_solve(const RetractJob& job, const double* gram, double* coefficients, Outcome* outcome) {
-  if (job.moved.storage == Storage::float64)
-    return retract_coefficients<double>(gram, job.moved.r, kDoubleConditionLimit, coefficients, outcome);
-  return retract_coefficients<float>(gram, job.moved.r, kFloatConditionLimit, coefficients, outcome);
+  bool solved = false;
+  with_arithmetic(job.moved, [&](auto zero) {
+    using T = decltype(zero);
+    const Limits limits = retract_limits<T>(job.moved, true);
+    solved = retract_coefficients<T>(gram, job.moved.r, limits, coefficients, outcome);
+    outcome->residual = stored_residual<T>(outcome->residual, job.moved);
+  });
+  return solved;
 }
 
 void retract_update(const RetractJob& job, int64_t begin, int64_t end, const double* coefficients) {

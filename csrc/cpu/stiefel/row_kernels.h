@@ -74,11 +74,7 @@ void cross_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stri
                 int64_t order) {
   using V = typename VectorOf<float, Tile::lanes>::type;
   constexpr int vectors = Tile::vectors;
-  V accumulator[count][vectors];
-#pragma GCC unroll 8
-  for (int i = 0; i < count; ++i)
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) accumulator[i][v] = load<V>(sums + i * order + v * Tile::lanes);
+  V accumulator[count][vectors] = {};
 #pragma GCC unroll 2
   for (int64_t k = 0; k < rows; ++k, a += a_stride, b += b_stride) {
     V right[vectors];
@@ -92,7 +88,11 @@ void cross_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stri
 #pragma GCC unroll 8
   for (int i = 0; i < count; ++i)
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) store(sums + i * order + v * Tile::lanes, accumulator[i][v]);
+    for (int v = 0; v < vectors; ++v) {
+      // A chunk's own sum first: the round-off of a long sum would be that of as many terms of equal sign.
+      float* sum = sums + i * order + v * Tile::lanes;
+      store(sum, load<V>(sum) + accumulator[i][v]);
+    }
 }
 
 // sums[i, j...] += a_i . b_j... for columns i of a in [first, last) and a tile of columns of b from j on.

@@ -76,15 +76,28 @@ void gram_of_blocks(const Pool& pool, int64_t n, int64_t block, int64_t size, do
     for (int64_t i = 0; i < size; ++i) gram[i] += partial[static_cast<size_t>(b * size + i)];
 }
 
-// Gives the outcomes of non-finite matrices their status; false when there is one.
-bool mark_non_finite(const std::vector<char>& finite, std::vector<Outcome>& outcomes) {
+// The outcomes of a list of which nothing was computed: those of non-finite matrices say so. False where all are finite.
+bool refuse_non_finite(const std::vector<double>& largest, std::vector<Outcome>& outcomes) {
   bool all = true;
-  for (size_t i = 0; i < finite.size(); ++i)
-    if (!finite[i]) {
-      outcomes[i].status = Status::non_finite;
-      all = false;
-    }
-  return all;
+  for (const double magnitude : largest) all = all && std::isfinite(magnitude);
+  for (size_t i = 0; !all && i < largest.size(); ++i) {
+    if (!std::isfinite(largest[i])) outcomes[i].status = Status::non_finite;
+    outcomes[i].residual = outcomes[i].drift = std::numeric_limits<double>::quiet_NaN();
+  }
+  return !all;
+}
+
+// The largest finite value of the arithmetic and of a storage.
+double largest_of(Storage storage) {
+  if (storage == Storage::float64) return std::numeric_limits<double>::max();
+  if (storage == Storage::float16) return 65504.0;
+  return storage == Storage::bfloat16 ? 0x1.fep127 : std::numeric_limits<float>::max();
+}
+
+// Bound on the values of gradient - Y K, K = gradient^T Y, for ||Y||_2^2 <= 4 (a drift of up to 3), and on all sums on
+// the way there: |(Y K)_ij| <= ||Y||_2 ||K_j|| with ||K_j|| <= ||Y||_2 ||gradient||_F <= 2 sqrt(n r) max |gradient|.
+double riemannian_bound(double largest, int64_t n, int64_t r) {
+  return largest * (1.0 + 4.0 * std::sqrt(static_cast<double>(n) * static_cast<double>(r)));
 }
 
 }  // namespace
@@ -151,7 +164,10 @@ std::vector<Outcome> project_retract(const Pool& pool, const std::vector<Retract
   return outcomes;
 }
 
-std::vector<char> all_finite(const Pool& pool, const std::vector<MatrixView>& matrices) {
+namespace {
+
+// The largest magnitude of each matrix, infinite where a value is not finite.
+std::vector<double> largest_magnitudes(const Pool& pool, const std::vector<MatrixView>& matrices) {
   constexpr int64_t kBlockElements = 1 << 18;
   const IsaKernels& k = kernels();
   struct Piece {
@@ -163,37 +179,75 @@ std::vector<char> all_finite(const Pool& pool, const std::vector<MatrixView>& ma
     const int64_t rows = std::max<int64_t>(1, kBlockElements / std::max<int64_t>(1, m.r));
     for (int64_t b = 0; b < m.n; b += rows) pieces.push_back({static_cast<int64_t>(i), b, std::min(m.n, b + rows)});
   }
-  std::vector<char> finite_piece(pieces.size(), 1);
+  std::vector<double> of_piece(pieces.size(), 0.0);
   // From the last to the first: what is worked on first afterwards is then still in the last-level cache.
   const int64_t count = static_cast<int64_t>(pieces.size());
   run_queue(pool, count, [&](int64_t t) {
     const Piece& p = pieces[count - 1 - t];
-    finite_piece[count - 1 - t] = k.all_finite(matrices[p.matrix], p.begin, p.end);
+    of_piece[count - 1 - t] = k.largest_magnitude(matrices[p.matrix], p.begin, p.end);
   });
-  std::vector<char> finite(matrices.size(), 1);
+  std::vector<double> largest(matrices.size(), 0.0);
   for (size_t t = 0; t < pieces.size(); ++t)
-    if (!finite_piece[t]) finite[pieces[t].matrix] = 0;
-  return finite;
+    largest[pieces[t].matrix] = std::max(largest[pieces[t].matrix], of_piece[t]);
+  return largest;
 }
+
+// Tries the gradients that are too large to be bounded, without writing anything; false when one overflows.
+bool gradients_fit(const Pool& pool, const std::vector<GradientJob>& jobs, const std::vector<double>& largest,
+                   std::vector<Outcome>& outcomes) {
+  const IsaKernels& k = kernels();
+  std::vector<int64_t> doubtful;
+  for (size_t i = 0; i < jobs.size(); ++i) {
+    const MatrixView& m = jobs[i].gradient;
+    if (!(riemannian_bound(largest[i], m.n, m.r) <= largest_of(m.storage))) doubtful.push_back(i);
+  }
+  run_queue(pool, static_cast<int64_t>(doubtful.size()), [&](int64_t t) {
+    GradientJob job = jobs[doubtful[t]];
+    job.snapshot.data = nullptr;
+    std::vector<double> gram(2 * job.gradient.r * job.gradient.r, 0.0);
+    k.gradient_gram(job, 0, job.gradient.n, gram.data());
+    k.gradient_accept(job, gram.data(), false, &outcomes[doubtful[t]]);
+  });
+  bool fit = true;
+  for (const Outcome& outcome : outcomes) fit = fit && outcome.status != Status::overflow;
+  std::vector<char> tried(jobs.size(), 0);
+  for (const int64_t i : doubtful) tried[i] = 1;
+  for (size_t i = 0; !fit && i < jobs.size(); ++i)
+    if (!tried[i]) outcomes[i].drift = std::numeric_limits<double>::quiet_NaN();
+  return fit;
+}
+
+// Whether the moments of a step can overflow: v takes the square of a value bounded as above, with a known K by
+// ||Y||_2 ||K||_F. Both moments are means of what they were and of what is new, so that half their range will do.
+bool moments_bounded(const AdamwJob& job, double largest) {
+  const MatrixView& m = job.factor;
+  double bound = riemannian_bound(largest, m.n, m.r);
+  if (job.coupling) {
+    double sum = 0.0;
+    for (int64_t i = 0; i < m.r * m.r; ++i) sum += job.coupling[i] * job.coupling[i];
+    bound = largest + 2.0 * std::sqrt(sum);
+  }
+  return bound * bound <= 0.5 * largest_of(m.storage) && bound <= 0.5 * largest_of(m.storage);
+}
+
+}  // namespace
 
 std::vector<Outcome> riemannian_gradient(const Pool& pool, const std::vector<GradientJob>& jobs) {
   const IsaKernels& k = kernels();
   std::vector<Outcome> outcomes(jobs.size());
   std::vector<MatrixView> matrices;
   for (const GradientJob& job : jobs) matrices.push_back(job.gradient);
-  if (!mark_non_finite(all_finite(pool, matrices), outcomes)) return outcomes;
+  const std::vector<double> largest = largest_magnitudes(pool, matrices);
+  if (refuse_non_finite(largest, outcomes) || !gradients_fit(pool, jobs, largest, outcomes)) return outcomes;
 
   const Division division = divide(pool, matrices, true);
   for (const int64_t i : division.shared) {
     const GradientJob& job = jobs[i];
     const int64_t n = job.gradient.n, r = job.gradient.r, block = k.plan(n, r, job.gradient.storage, true).block_rows;
-    std::vector<double> gram(r * r);
-    gram_of_blocks(pool, n, block, r * r, gram.data(),
+    std::vector<double> gram(2 * r * r);
+    gram_of_blocks(pool, n, block, 2 * r * r, gram.data(),
                    [&](int64_t b, int64_t e, double* out) { k.gradient_gram(job, b, e, out); });
-    if (!std::all_of(gram.begin(), gram.end(), [](double g) { return std::isfinite(g); })) {
-      outcomes[i].status = Status::non_finite;
-      continue;
-    }
+    if (!k.gradient_accept(job, gram.data(), true, &outcomes[i])) continue;
     run_queue(pool, blocks_of(n, block),
               [&](int64_t b) { k.gradient_update(job, b * block, std::min(n, (b + 1) * block), gram.data()); });
   }
@@ -219,17 +273,21 @@ void announce(const AdamwJob& next, AdamwJob& job) {
 
 }  // namespace
 
-std::vector<Outcome> adamw(const Pool& pool, const std::vector<AdamwJob>& jobs, bool skip_nonfinite) {
+std::vector<Outcome> adamw(const Pool& pool, const std::vector<AdamwJob>& jobs) {
   const IsaKernels& k = kernels();
   std::vector<Outcome> outcomes(jobs.size());
   std::vector<MatrixView> matrices;
   for (const AdamwJob& job : jobs) matrices.push_back(job.gradient);
-  const std::vector<char> finite = all_finite(pool, matrices);
-  if (!mark_non_finite(finite, outcomes) && !skip_nonfinite) return outcomes;
+  const std::vector<double> largest = largest_magnitudes(pool, matrices);
+  if (refuse_non_finite(largest, outcomes)) return outcomes;
 
+  // Tried before anything of theirs is written, where their moments might overflow.
+  const auto stays = [&](int64_t i) {
+    return !moments_bounded(jobs[i], largest[i]) && !k.adamw_fits(jobs[i], &outcomes[i]);
+  };
   const Division division = divide(pool, matrices, true);
   for (const int64_t i : division.shared) {
-    if (!finite[i]) continue;
+    if (stays(i)) continue;
     const AdamwJob& job = jobs[i];
     const int64_t n = job.factor.n, r = job.factor.r, block = k.plan(n, r, job.factor.storage, true).block_rows;
     std::vector<double> coupling(r * r), gram(4 * r * r), coefficients(2 * r * r);
@@ -254,7 +312,7 @@ std::vector<Outcome> adamw(const Pool& pool, const std::vector<AdamwJob>& jobs, 
   const int64_t whole = static_cast<int64_t>(division.whole.size());
   run_queue(pool, whole, [&](int64_t t) {
     const int64_t i = division.whole[t];
-    if (!finite[i]) return;
+    if (stays(i)) return;
     AdamwJob job = jobs[i];
     if (t + pool.threads < whole) announce(jobs[division.whole[t + pool.threads]], job);
     k.adamw(job, &outcomes[i]);

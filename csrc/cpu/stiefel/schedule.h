@@ -26,15 +26,13 @@ std::vector<Outcome> polar(const Pool& pool, const std::vector<PolarJob>& jobs, 
 // A factor with a non-finite value is left as it was found, and its outcome says so.
 std::vector<Outcome> project_retract(const Pool& pool, const std::vector<RetractJob>& jobs, Method method);
 
-// Nothing at all is written when any gradient holds a non-finite value; the gradient of a factor that does is left
-// alone.
+// Nothing at all is written when any gradient holds a non-finite value, or would as a Riemannian one (overflow). The
+// gradient of a factor that holds one is left alone; so is one that overflows because its factor is far from
+// orthonormal, by more than kNearDrift.
 std::vector<Outcome> riemannian_gradient(const Pool& pool, const std::vector<GradientJob>& jobs);
 
 // One Riemannian AdamW step of every factor. Gradients are checked first: if one holds a non-finite value nothing at
-// all is written, or, with skip_nonfinite, that factor alone is left as it is.
-std::vector<Outcome> adamw(const Pool& pool, const std::vector<AdamwJob>& jobs, bool skip_nonfinite);
-
-// Whether each matrix holds finite values only.
-std::vector<char> all_finite(const Pool& pool, const std::vector<MatrixView>& matrices);
+// all is written. A factor whose moments or step would overflow is left as it is, and the others take their step.
+std::vector<Outcome> adamw(const Pool& pool, const std::vector<AdamwJob>& jobs);
 
 }  // namespace stella

@@ -57,7 +57,9 @@ inline bool jacobi_polar(double* B, double* W, int64_t r, double* X, int* sweeps
     const double square = dot(B + j * r, B + j * r, r);
     if (square > largest) largest = square;
   }
-  const double negligible = largest * unit * unit * 1e-4;  // squares of columns that are zero but for round-off
+  // Columns up to here are zero but for round-off: they are completed below. All others are made orthogonal relative to
+  // their own lengths, however far they lie below the largest.
+  const double cutoff = __builtin_sqrt(largest) * unit * static_cast<double>(r), negligible = cutoff * cutoff;
   bool rotated = true;
   for (*sweeps = 0; rotated; ++*sweeps) {
     if (*sweeps == kMaximumSweeps) return false;
@@ -67,9 +69,8 @@ inline bool jacobi_polar(double* B, double* W, int64_t r, double* X, int* sweeps
         double* bp = B + p * r;
         double* bq = B + q * r;
         const double alpha = dot(bp, bp, r), beta = dot(bq, bq, r), gamma = dot(bp, bq, r);
-        if (alpha <= negligible && beta <= negligible) continue;
+        if (alpha <= negligible || beta <= negligible) continue;
         if (absolute(gamma) <= parallel * __builtin_sqrt(alpha) * __builtin_sqrt(beta)) continue;
-        if (absolute(gamma) <= negligible) continue;
         const double zeta = (beta - alpha) / (2.0 * gamma);
         const double t = (zeta >= 0.0 ? 1.0 : -1.0) / (absolute(zeta) + __builtin_sqrt(1.0 + zeta * zeta));
         const double c = 1.0 / __builtin_sqrt(1.0 + t * t), s = c * t;
@@ -80,7 +81,6 @@ inline bool jacobi_polar(double* B, double* W, int64_t r, double* X, int* sweeps
   }
 
   // Normalise the columns with a singular value; complete the basis for the others, largest first.
-  const double cutoff = __builtin_sqrt(largest) * unit * static_cast<double>(r);
   double* norms = X;  // X is free until the last product
   for (int64_t j = 0; j < r; ++j) {
     norms[j] = __builtin_sqrt(dot(B + j * r, B + j * r, r));

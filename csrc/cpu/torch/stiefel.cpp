@@ -12,7 +12,7 @@ namespace {
 using namespace stella::bindings;
 namespace signatures = stella::signatures;
 
-constexpr int64_t kInfoColumns = 4;
+constexpr int64_t kInfoColumns = 5;
 
 stella::Method method_of(const std::string& name) {
   if (name == "auto") return stella::Method::automatic;
@@ -36,6 +36,7 @@ Tensor info_of(const std::vector<stella::Outcome>& outcomes) {
     row[1] = o.residual;
     row[2] = o.iterations;
     row[3] = static_cast<double>(o.path);
+    row[4] = o.drift;
     row += kInfoColumns;
   }
   return info;
@@ -184,7 +185,7 @@ Tensor stella_adamw_(const signatures::StellaAdamWStep& a) {
     }
     jobs.push_back(job);
   }
-  return info_of(stella::adamw(pool(), jobs, a.skip_nonfinite));
+  return info_of(stella::adamw(pool(), jobs));
 }
 
 }  // namespace

@@ -22,10 +22,10 @@ RANKS = (16, 32, 64, 128)
 
 def _types(dtype: torch.dtype) -> dict[str, str]:
     wide = "fp64" if arithmetic(dtype) == torch.float64 else "fp32"
-    types = dict.fromkeys(("partials", "poison", "couplings", "coefficients", "scales"), f"*{wide}")
+    types = dict.fromkeys(("partials", "largest", "couplings", "coefficients", "scales"), f"*{wide}")
     types |= dict.fromkeys(("items", "table"), "*i64") | dict.fromkeys(("refused", "state"), "*i32")
     types |= dict.fromkeys(("settings", "workspace", "info"), "*fp64")
-    return types | {"one": "fp32", "tolerance": "fp32", "skip": "i32", "factors": "i32"}
+    return types | {"one": "fp32", "tolerance": "fp32", "factors": "i32"}
 
 
 def stiefel_variants(
@@ -57,8 +57,13 @@ def stiefel_variants(
             options = update_options(backend, used["KIND"], R)
         return Variant(label, kernel, used, warps, products, wide, types, options)
 
-    yield variant("coupling", coupling_kernel, {"GRADIENT": 0, "FACTOR": 1})
-    yield variant("coupling sum", coupling_sum_kernel, {"ITEMS": tiles.items}, products=False, wide=False)
+    for name, places in (
+        ("gradient", {"GRADIENT": 0, "FACTOR": 1, "DRIFT": True}),
+        ("adamw", {"GRADIENT": 1, "FACTOR": 0, "DRIFT": False}),
+    ):
+        yield variant(f"{name} coupling", coupling_kernel, places)
+        summed = places | tiles.streaming(R) | {"ITEMS": tiles.items}
+        yield variant(f"{name} coupling sum", coupling_sum_kernel, summed, products=False, wide=False)
     yield variant("subtract", subtract_kernel, {"SNAPSHOTS": True, **tiles.streaming(R)})
     for name, KIND in (("polar", POLAR), ("retract", RETRACT), ("adamw", ADAMW)):
         kind = {"KIND": KIND, "STEPS": steps and KIND == ADAMW}

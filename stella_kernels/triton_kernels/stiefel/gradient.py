@@ -1,4 +1,7 @@
-"""∇ ← ∇ − Y (∇ᵀY) over many factors: the coupling ∇ᵀY in one pass over the rows, its sum, the update in another."""
+"""∇ ← ∇ − Y (∇ᵀY) over many factors: the coupling ∇ᵀY in one pass over the rows, its sum, the update in another.
+
+What would overflow is known before anything is written (``range.py``).
+"""
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
@@ -6,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .range import attempt, norm_of, range_of
 from .tiles import (
     LEAVE,
     MOVE,
@@ -34,7 +38,7 @@ def coupling_kernel(
     items,
     table,
     partials,
-    poison,
+    largest,
     refused,
     one,
     ELEMENT: tl.constexpr,
@@ -46,10 +50,11 @@ def coupling_kernel(
     R: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
+    DRIFT: tl.constexpr,
 ):
-    """Of a chunk of rows: ∇ᵀY to ``partials``, and to ``poison`` a zero, or NaN where ∇ is not finite.
+    """Of a chunk of rows: ∇ᵀY to ``partials``, and to ``largest`` max |∇|, or NaN where ∇ is not finite.
 
-    Where the coupling is known (header 4), only the latter.
+    Where the coupling is known (header 4), only the latter. With DRIFT YᵀY follows ∇ᵀY.
     """
     item, factor, n, r, begin = where_of(table, items)
     begin = tl.multiple_of(begin, CHUNK)
@@ -61,35 +66,74 @@ def coupling_kernel(
     gradient, own = tensor_of(table, factor, GRADIENT, begin, ELEMENT), tensor_of(table, factor, FACTOR, begin, ELEMENT)
     left = rows_left(n, begin)
     coupling = tl.zeros((R, R), dtype=TO)
+    if DRIFT:
+        square = tl.zeros((R, R), dtype=TO)
     tainted = tl.zeros((BLOCK, R), dtype=TO)
+    size = tl.zeros((BLOCK, R), dtype=TO)
     for start in range(begin, end, BLOCK):
         rows = rows_from(begin, start, BLOCK)
         g = load_tile(gradient, rows, columns, left, r, ELEMENT, TO, INDEX)  # (BLOCK, R)
         tainted += g * 0.0
+        size = tl.maximum(size, tl.abs(g))
         if not known:
             y = load_tile(own, rows, columns, left, r, ELEMENT, TO, INDEX)  # (BLOCK, R)
             coupling = add_apart(coupling, product(tl.trans(g), y, PRECISION, TO), one)
-    tl.store(poison + item, tl.sum(tl.sum(tainted, axis=1), axis=0))
+            if DRIFT:
+                tl.debug_barrier()  # one product's operands are in registers at a time
+                square = add_apart(square, product(tl.trans(y), y, PRECISION, TO), one)
+    tainted_sum = tl.sum(tl.sum(tainted, axis=1), axis=0)
+    tl.store(largest + item, tl.max(tl.max(size, axis=1), axis=0) + tainted_sum)
+    BLOCKS: tl.constexpr = 2 if DRIFT else 1
     if not known:
-        store_square(partials + item * (R * R), coupling, r, R)
+        store_square(partials + item * (BLOCKS * R * R), coupling, r, R)
+        if DRIFT:
+            store_square(partials + item * (BLOCKS * R * R) + R * R, square, r, R)
 
 
 @triton.jit
 def coupling_sum_kernel(
-    table, partials, poison, refused, couplings, state, info, TO: tl.constexpr, R: tl.constexpr, ITEMS: tl.constexpr
+    table,
+    settings,
+    partials,
+    largest,
+    refused,
+    couplings,
+    state,
+    info,
+    ELEMENT: tl.constexpr,
+    TO: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    FACTOR: tl.constexpr,
+    DRIFT: tl.constexpr,
+    R: tl.constexpr,
+    SLAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ITEMS: tl.constexpr,
 ):
-    """A program for each factor: its coupling, whether ∇ and the coupling are finite, and its row of ``info``."""
+    """A program for each factor: its coupling, whether it is to move, and its row of ``info``.
+
+    With DRIFT, of riemannian_gradient_, an overflow refuses them all, unless the factor is far from orthonormal; of
+    stella_adamw_ it keeps the factor where it is. What a bound does not rule out is tried.
+    """
     factor = tl.program_id(0).to(tl.int64)
     header = table + factor * _ROW
-    r = tl.load(header + 1)
+    n = tl.load(header)
+    r = tl.load(header + 1).to(tl.int32)
     first = tl.load(header + 2)
     count = tl.load(header + 3)
     known = tl.load(header + 4)
     tainted = tl.zeros((ITEMS,), dtype=TO)
+    sizes = tl.zeros((ITEMS,), dtype=TO)
     for start in range(0, count, ITEMS):
         k = start + tl.arange(0, ITEMS)
-        tainted += tl.load(poison + first + k, mask=k < count, other=0.0)
+        size = tl.load(largest + first + k, mask=k < count, other=0.0)
+        tainted += size * 0.0
+        sizes = tl.maximum(sizes, size)
     bad = tl.sum(tainted, axis=0) != 0.0  # NaN is unequal
+    BLOCKS: tl.constexpr = 2 if DRIFT else 1
+    parts = partials + first * (BLOCKS * R * R)
     if known == 1:  # given in float32
         given = tl.load(header + 5).to(tl.pointer_type(tl.float32))
         K = load_given(given, header, r, R, TO)
@@ -97,15 +141,42 @@ def coupling_sum_kernel(
         given = tl.load(header + 5).to(tl.pointer_type(tl.float64))
         K = load_given(given, header, r, R, TO)
     else:
-        K = sum_partials(partials + first * (R * R), count, R * R, r, R, TO)
-    store_square(couplings + factor * (R * R), K, r, R)
+        K = sum_partials(parts, count, BLOCKS * R * R, r, R, TO)
+    at = couplings + factor * (R * R)
+    store_square(at, K, r, R)
     lost = tl.sum(tl.sum(K * 0.0, axis=1), axis=0) != 0.0
-    tl.store(state + factor, tl.where(bad | lost, _LEAVE, _MOVE))
-    if bad:
+    bound = tl.max(sizes, axis=0) + 2.0 * norm_of(K)
+    drift = tl.full((), float("nan"), TO)
+    if DRIFT:
+        i = tl.arange(0, R)
+        C = sum_partials(parts + R * R, count, BLOCKS * R * R, r, R, TO)
+        C -= ((i[:, None] == i[None, :]) & (i < r)[:, None]).to(TO)
+        drift = norm_of(C)
+        near = drift <= 3.0  # ‖Y‖₂ ≤ 2, as the bound has it
+        bounded = near & (bound <= range_of(ELEMENT))
+    else:
+        bounded = (bound * bound <= 0.5 * range_of(ELEMENT)) & (bound <= 0.5 * range_of(ELEMENT))
+    status = tl.where(bad, 1.0, 0.0)
+    if (bad == 0) & (lost | (bounded == 0)):
+        tl.debug_barrier()  # the coupling is read again
+        sound, fits = attempt(
+            table, settings, factor, at, n, r, GRADIENT, FACTOR, DRIFT == 0, ELEMENT, TO, PRECISION, INDEX, R, SLAB, BLOCK
+        )
+        status = tl.where(sound, tl.where(fits, 0.0, 3.0), 1.0)
+        status = tl.where(lost & (known != 0), 1.0, status)
+    tl.store(state + factor, tl.where(status == 0.0, _MOVE, _LEAVE))
+    refuses = bad
+    residual = tl.full((), 0.0, TO)
+    if DRIFT:
+        refuses = bad | (near & (status == 3.0))
+    else:
+        residual = tl.where(status == 0.0, 0.0, float("nan"))
+    if refuses:
         tl.atomic_or(refused, 1)
-    column = tl.arange(0, 4)
-    status = tl.where(column == 0, tl.where(bad | lost, 1.0, 0.0), 0.0)
-    tl.store(info + factor * 4 + column, status.to(tl.float64))
+    column = tl.arange(0, 8)
+    row = tl.where(column == 0, status, tl.where(column == 1, residual, 0.0)).to(tl.float64)
+    row = tl.where(column == 4, drift.to(tl.float64), row)
+    tl.store(info + factor * 5 + column, row, mask=column < 5)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...operators import signatures
+from ...operators.status import INFO_COLUMNS
 from ..launch.configuration import FUSION, arithmetic, element, precision
 from ..launch.device import capturing, keep_for_graphs, on_device_of, target_arch, target_backend
 from ..launch.table import Table, table_of
@@ -37,33 +38,34 @@ def _common(table: Table, gradient: bool = False) -> Arguments:
     }
 
 
-def _couple(table: Table, GRADIENT: int, FACTOR: int, info: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Couplings (k, R, R), state (k,) and the flag of a refused gradient: two launches."""
+def _couple(table: Table, settings: Tensor | None, info: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Couplings (k, R, R), state (k,) and the flag of a refused gradient: two launches.
+
+    ``settings`` are those of the AdamW step, whose factor comes first; without them the gradient does, and the drift of
+    the factors is computed.
+    """
+    GRADIENT, FACTOR, DRIFT = (0, 1, True) if settings is None else (1, 0, False)
     common = _common(table, gradient=True)
     R = table.R
-    partials = table.scratch(table.count, R, R)
-    poison = table.scratch(table.count)
+    partials = table.scratch(table.count, 2 if DRIFT else 1, R, R)
+    largest = table.scratch(table.count)
     refused = table.scratch(1, dtype=torch.int32)
     couplings = table.scratch(table.factors, R, R)
     state = table.scratch(table.factors, dtype=torch.int32)
     coupling_kernel[(table.count,)](
-        table.items, table.rows, partials, poison, refused, 1.0, GRADIENT=GRADIENT, FACTOR=FACTOR, **common
+        table.items, table.rows, partials, largest, refused, 1.0, GRADIENT=GRADIENT, FACTOR=FACTOR, DRIFT=DRIFT, **common
     )
+    common.pop("CHUNK")
     coupling_sum_kernel[(table.factors,)](
-        *(table.rows, partials, poison, refused, couplings, state, info),
-        **{
-            "TO": common["TO"],
-            "R": R,
-            "ITEMS": table.tiles.items,
-            "num_warps": table.tiles.warps,
-            **FUSION,
-        },
+        *(table.rows, info if settings is None else settings, partials, largest, refused, couplings, state, info),
+        **{"GRADIENT": GRADIENT, "FACTOR": FACTOR, "DRIFT": DRIFT, "ITEMS": table.tiles.items},
+        **common | table.tiles.streaming(R),
     )
     return couplings, state, refused
 
 
 def _retract(
-    table: Table, KIND: int, settings: Tensor, state: Tensor, refused: Tensor, skip: bool, info: Tensor,
+    table: Table, KIND: int, settings: Tensor, state: Tensor, refused: Tensor, info: Tensor,
     couplings: Tensor | None = None, STEPS: bool = False
 ) -> None:  # fmt: skip
     """Gram blocks, solve, update: three launches, four where the moments are advanced by one of their own."""
@@ -76,7 +78,7 @@ def _retract(
     given = couplings if couplings is not None else partials
     gram = {"KIND": KIND, "STEPS": STEPS, "SLAB": tiles.slab, **_common(table)}
     APART = tiles.halves and options.lays_apart(target_arch())
-    inputs = (table.items, table.rows, settings, given, state, refused, partials, 1.0, int(skip))
+    inputs = (table.items, table.rows, settings, given, state, refused, partials, 1.0)
     greedy = options.gram_options(target_backend(), KIND, R)
     advance = KIND == ADAMW
     if advance and tiles.slab < R:
@@ -89,7 +91,7 @@ def _retract(
     )
     solve_kernel[(programs,)](
         *(table.rows, settings, partials, coefficients, scales, state, refused, workspace, info),
-        *(table.factors, int(skip), torch.finfo(arithmetic(table.dtype)).eps / 2),
+        *(table.factors, torch.finfo(arithmetic(table.dtype)).eps / 2),
         **{name: gram[name] for name in ("KIND", "STEPS", "ELEMENT", "TO", "PRECISION", "INDEX", "R")},
         **{"T": tiles.small, "T64": tiles.small64, "ROWS": tiles.rows64, "num_warps": tiles.solve_warps},
         **options.solve_options(target_backend()),
@@ -101,7 +103,7 @@ def _retract(
 
 
 def _new_info(table: Table) -> Tensor:
-    return table.scratch(table.factors, 4, dtype=torch.float64)
+    return table.scratch(table.factors, INFO_COLUMNS, dtype=torch.float64)
 
 
 def _to_device(settings: Tensor, device: torch.device) -> Tensor:
@@ -121,7 +123,7 @@ def riemannian_gradient_(a: signatures.RiemannianGradient) -> Tensor:
     table = table_of([a.gradients, a.factors, *([a.snapshots] if a.snapshots else [])])
     with on_device_of(a.gradients[0]):
         info = _new_info(table)
-        couplings, state, refused = _couple(table, 0, 1, info)
+        couplings, state, refused = _couple(table, None, info)
         subtract_kernel[(table.count,)](
             *(table.items, table.rows, couplings, state, refused),
             SNAPSHOTS=bool(a.snapshots),
@@ -152,7 +154,7 @@ def project_retract_(a: signatures.ProjectRetract) -> Tensor:
     with on_device_of(a.moved[0]):
         info = _new_info(table)
         state = table.scratch(table.factors, dtype=torch.int32)
-        _retract(table, RETRACT, _settings_of(a.divisors, table.device), state, state, False, info)
+        _retract(table, RETRACT, _settings_of(a.divisors, table.device), state, state, info)
     return info
 
 
@@ -164,8 +166,8 @@ def stella_adamw_(a: signatures.StellaAdamWStep) -> Tensor:
     with on_device_of(a.factors[0]):
         info = _new_info(table)
         settings = _to_device(a.hyperparameters, table.device)
-        known, state, refused = _couple(table, 1, 0, info)
-        _retract(table, ADAMW, settings, state, refused, a.skip_nonfinite, info, known, steps)
+        known, state, refused = _couple(table, settings, info)
+        _retract(table, ADAMW, settings, state, refused, info, known, steps)
     return info
 
 
@@ -176,5 +178,5 @@ def polar_of(M: Tensor) -> tuple[Tensor, Tensor]:
     with on_device_of(M):
         info = _new_info(table)
         state = table.scratch(table.factors, dtype=torch.int32)
-        _retract(table, POLAR, info, state, state, False, info)
+        _retract(table, POLAR, info, state, state, info)
     return Q, info

@@ -37,7 +37,6 @@ def gram_kernel(
     refused,
     partials,
     one,
-    skip,
     KIND: tl.constexpr,
     ADVANCE: tl.constexpr,
     GRAM: tl.constexpr,
@@ -57,14 +56,14 @@ def gram_kernel(
 
     With ADVANCE the moments take their step first. Where three (R, R) accumulators do not fit the registers, programs
     along the second axis take SLAB columns of them each, and the moments have been advanced by a launch before.
-    Nothing is done for a factor that is not to move, or for any where a gradient was refused and ``skip`` is 0.
+    Nothing is done for a factor that is not to move, or for any where a gradient was refused.
     """
     item, factor, n, r, begin = where_of(table, items)
     begin = tl.multiple_of(begin, CHUNK)
     first = tl.program_id(1) * SLAB
     proceed = True
     if KIND == _ADAMW:
-        proceed = (tl.load(state + factor) == _MOVE) & ((tl.load(refused) == 0) | (skip != 0))
+        proceed = (tl.load(state + factor) == _MOVE) & (tl.load(refused) == 0)
     if proceed:
         columns, slab = tl.arange(0, R), first + tl.arange(0, SLAB)
         # [Y Δ]ᵀ Y and [Y Δ]ᵀ Δ, of POLAR MᵀM alone, each as one tile or as two of half the columns

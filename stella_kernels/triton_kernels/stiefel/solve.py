@@ -97,7 +97,6 @@ def solve_kernel(
     workspace,
     info,
     factors,
-    skip,
     tolerance,
     KIND: tl.constexpr,
     STEPS: tl.constexpr,
@@ -121,17 +120,17 @@ def solve_kernel(
     for index in range(program, factors, tl.num_programs(0)):
         factor = tl.full((), 0, tl.int64) + index
         header = table + factor * _ROW
-        r = tl.load(header + 1).to(tl.int32)
+        n, r = tl.load(header), tl.load(header + 1).to(tl.int32)
         count = tl.load(header + 3).to(tl.int32)
         proceed = True
         if KIND == _ADAMW:
-            proceed = (tl.load(state + factor) == _MOVE) & ((tl.load(refused) == 0) | (skip != 0))
+            proceed = (tl.load(state + factor) == _MOVE) & (tl.load(refused) == 0)
         if proceed:
             first = partials + tl.load(header + 2) * (3 * R * R)
             unit = tl.full((), 1.0, TO)
             if KIND == _POLAR:
                 growth = unit
-                drift = unit
+                drift = 0.0 * unit
                 sum_into(work, first, count, 3 * R * R, r, R, T, TO)
                 trace, _high, _low = trace_and_spread(work, r, R, T, TO)
                 unit = trace / r
@@ -140,6 +139,8 @@ def solve_kernel(
             else:
                 growth, drift = gram_less_identity(work, first, count, r, R, T, PRECISION, TO)
                 in_range = True
+            if KIND == _ADAMW:  # far from the manifold a moment may have overflowed: the rescue looks
+                in_range = drift <= 3.0
             floor = tl.full((), -1.0, TO) if KIND == _POLAR else -2.0 * drift
             excess, bound = scale_and_bound(work, floor, r, R, T, PRECISION, TO)
             condition = (1.0 + bound) / (1.0 - bound) * growth
@@ -149,7 +150,8 @@ def solve_kernel(
             if solved:
                 steps = inverse_root_series(work, bound, tolerance, r, R, T, PRECISION, TO, False)
                 residual = tl.sqrt(inner(work, work, r, R, T, TO))
-                solved = residual < 1e-3  # else the bound did not hold: the factor had drifted far
+                # else the bound did not hold: the factor had drifted far
+                solved = residual <= 16.0 * tolerance * tl.sqrt(r.to(TO))
             if solved:
                 root = tl.sqrt(1.0 + excess)
                 # Round-off of the size of the step where that is short, of the size of the result where it is long.
@@ -169,25 +171,44 @@ def solve_kernel(
                 # The residual of Q is that of R G R, and the round-off of the Gram matrix and of the product.
                 off = tolerance * tl.sqrt(r.to(TO)) * (2.0 + 4.0 * condition)
                 tl.store(state + factor, _MOVE)
-                write_info(info, factor, 0.0, residual + off, steps, 0)
+                write_info(info, factor, 0.0, stored_residual(residual + off, n, r, ELEMENT, TO), steps, 0, drift)
             else:
                 tl.store(state + factor, _LEAVE)
                 tl.debug_barrier()
                 status, error, steps = rescue(
                     table, factor, settings, work64, KIND, STEPS, ELEMENT, INDEX, R, T64, ROWS
                 )
-                write_info(info, factor, status, error, steps, 1)
-        elif tl.load(state + factor) != _MOVE:
-            write_info(info, factor, 1.0, float("nan"), 0, 0)
-        else:
+                write_info(info, factor, status, stored_residual(error, n, r, ELEMENT, tl.float64), steps, 1, drift)
+        else:  # its row of info is that of the couplings
             tl.store(state + factor, _LEAVE)
-            write_info(info, factor, 0.0, 0.0, 0, 0)
 
 
 @triton.jit
-def write_info(info, factor, status, residual, iterations, path):
-    """A row of ``info``: status, residual, iterations, path."""
-    tl.store(info + factor * 4, tl.cast(status, tl.float64))
-    tl.store(info + factor * 4 + 1, tl.cast(residual, tl.float64))
-    tl.store(info + factor * 4 + 2, tl.cast(iterations, tl.float64))
-    tl.store(info + factor * 4 + 3, tl.cast(path, tl.float64))
+def stored_residual(residual, n, r, ELEMENT: tl.constexpr, TO: tl.constexpr):
+    """A bound on ‖QᵀQ − I‖ of what is stored, from that of what is computed in TO.
+
+    Rounding moves each value by at most u |q| + η, Q by d = u ‖Q‖ + η sqrt(n r), QᵀQ by d (2 ‖Q‖₂ + d).
+    """
+    U: tl.constexpr = (
+        0.0
+        if ELEMENT == TO
+        else 2.0**-24
+        if ELEMENT == tl.float32
+        else 2.0**-8
+        if ELEMENT == tl.bfloat16
+        else 2.0**-11
+    )
+    LEAST: tl.constexpr = 2.0**-25 if ELEMENT == tl.float16 else 0.0
+    size = tl.sqrt(1.0 + residual)
+    moved = U * tl.sqrt(r.to(TO)) * size + LEAST * tl.sqrt(n.to(TO) * r.to(TO))
+    return residual + moved * (2.0 * size + moved)
+
+
+@triton.jit
+def write_info(info, factor, status, residual, iterations, path, drift):
+    """A row of ``info``: status, residual, iterations, path, drift."""
+    tl.store(info + factor * 5, tl.cast(status, tl.float64))
+    tl.store(info + factor * 5 + 1, tl.cast(residual, tl.float64))
+    tl.store(info + factor * 5 + 2, tl.cast(iterations, tl.float64))
+    tl.store(info + factor * 5 + 3, tl.cast(path, tl.float64))
+    tl.store(info + factor * 5 + 4, tl.cast(drift, tl.float64))

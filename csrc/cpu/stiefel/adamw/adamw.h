@@ -49,8 +49,10 @@ const double* negative_of(const double* coupling, int64_t r) {
 
 template <typename T>
 bool adamw_coefficients(const AdamwJob& job, const double* gram, double* coefficients, Outcome* outcome) {
-  const double limit = std::is_same_v<T, float> ? kFloatConditionLimit : kDoubleConditionLimit;
-  return retract_coefficients<T>(gram, job.factor.r, limit, coefficients, outcome);
+  const Limits limits = retract_limits<T>(job.factor, true);
+  if (!retract_coefficients<T>(gram, job.factor.r, limits, coefficients, outcome)) return false;
+  outcome->residual = stored_residual<T>(outcome->residual, job.factor);
+  return outcome->drift <= kNearDrift;  // else a moment may have overflowed: see adamw_fallback
 }
 
 bool adamw_solve(const AdamwJob& job, const double* gram, double* coefficients, Outcome* outcome) {
@@ -61,15 +63,25 @@ bool adamw_solve(const AdamwJob& job, const double* gram, double* coefficients, 
   return solved;
 }
 
-// A step too large for the Gram matrix, or one that is not finite: the factor is retracted by SVD, or left alone.
+// Whether a step can be taken at all: not from values that are not finite, nor to them.
+Status adamw_status(const AdamwJob& job, bool steps_finite) {
+  if (!all_finite(job.factor) || !all_finite(job.first_moment) || !all_finite(job.second_moment))
+    return Status::non_finite;
+  return steps_finite ? Status::ok : Status::overflow;
+}
+
+// A step too large for the Gram matrix, or one that is not finite: the factor is retracted by SVD, or left alone. The
+// outcome's drift is known.
 void adamw_fallback(const AdamwJob& job, const void* steps, Outcome* outcome) {
   const int64_t n = job.factor.n, r = job.factor.r;
+  const double drift = outcome->drift;
   *outcome = Outcome();
+  outcome->drift = drift;
   Buffer tall;
   double* Y = tall.reserve<double>(2 * n * r);
   double* D = Y + n * r;
   pack<double>(job.factor, 0, n, n, Y, n, 1.0);
-  bool finite = all_finite(job.factor, 0, n);
+  bool finite = true;
   const StepsLayout layout = steps_layout(job);
   with_arithmetic(job.factor, [&](auto zero) {
     const auto* kept = static_cast<const decltype(zero)*>(steps);
@@ -80,12 +92,40 @@ void adamw_fallback(const AdamwJob& job, const void* steps, Outcome* outcome) {
         D[j * n + i] = value;
       }
   });
-  if (!finite) {
-    outcome->status = Status::non_finite;
+  outcome->status = adamw_status(job, finite);
+  if (outcome->status != Status::ok) {
     outcome->residual = __builtin_nan("");
     return;
   }
   retract_by_svd(Y, D, job.factor, outcome);
+}
+
+// Y^T gradient, given or computed in a pass.
+template <typename Passes>
+void coupling_of(const AdamwJob& job, Passes& passes, double* coupling) {
+  const int64_t r = job.factor.r;
+  if (job.coupling) {
+    for (int64_t i = 0; i < r; ++i)
+      for (int64_t j = 0; j < r; ++j) coupling[j * r + i] = job.coupling[i * r + j];
+  } else {
+    for (int64_t i = 0; i < r * r; ++i) coupling[i] = 0.0;
+    passes.coupling(coupling);
+  }
+}
+
+bool adamw_fits(const AdamwJob& job, Outcome* outcome) {
+  *outcome = Outcome();
+  outcome->residual = outcome->drift = __builtin_nan("");
+  with_arithmetic(job.factor, [&](auto zero) {
+    using T = decltype(zero);
+    PanelPasses<T> passes(job, 0, job.factor.n);  // any job's
+    Buffer small;
+    double* coupling = small.reserve<double>(job.factor.r * job.factor.r);
+    coupling_of(job, passes, coupling);
+    outcome->status = adamw_status(job, passes.step_fits(negative_of(coupling, job.factor.r)));
+    outcome->drift = passes.drift();
+  });
+  return outcome->status == Status::ok;
 }
 
 void adamw(const AdamwJob& job, Outcome* outcome) {
@@ -96,13 +136,7 @@ void adamw(const AdamwJob& job, Outcome* outcome) {
     using T = typename std::decay_t<decltype(passes)>::Value;
     Scratch& s = scratch();
     double* coupling = s.gram.reserve<double>(4 * r * r);
-    if (job.coupling) {
-      for (int64_t i = 0; i < r; ++i)
-        for (int64_t j = 0; j < r; ++j) coupling[j * r + i] = job.coupling[i * r + j];
-    } else {
-      for (int64_t i = 0; i < r * r; ++i) coupling[i] = 0.0;
-      passes.coupling(coupling);
-    }
+    coupling_of(job, passes, coupling);
     const int64_t steps_size = steps_layout(job).size();
     T* steps = passes.steps_in_panels() ? nullptr : s.steps.reserve<T>(steps_size);
     double* gram = s.second_gram.reserve<double>(4 * r * r);

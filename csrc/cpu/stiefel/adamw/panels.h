@@ -4,6 +4,7 @@
 #include "common/upcoming.h"
 #include "stiefel/adamw/moments.h"
 #include "stiefel/adamw/steps.h"
+#include "stiefel/value_range.h"
 
 namespace stella::STELLA_ISA {
 namespace {
@@ -51,6 +52,40 @@ class PanelPasses {
       gram_block(panel, leading, panels_.order, panel, leading, panels_.order, padded, gram, panels_.order, true);
     }
     panels_.packed = panels_.kept;
+  }
+
+  // Whether steps and moments stay finite when they are stored: all is computed, and written nowhere.
+  bool step_fits(const double* negative) {
+    const int64_t leading = panels_.leading, out_rows = round_up(r_, kCombineColumns);
+    const Moments<T> moments(job_);
+    Buffer small, own;
+    T* blocked = small.reserve<T>(r_ * out_rows);
+    block_coefficients(negative, r_, r_, r_, blocked);
+    T* values = own.reserve<T>((out_rows + 2 * r_) * leading);
+    T *m = values + out_rows * leading, *v = m + r_ * leading;
+    bool finite = true;
+    for (int64_t i = panels_.begin; finite && i < panels_.end; i += panels_.chunk) {
+      const T* panel = panels_.at(i);
+      const int64_t rows = panels_.rows(i), padded = panels_.padded(i);
+      combine(panel, r_, leading, blocked, r_, panel + r_ * leading, values, leading, padded);
+      pack(job_.first_moment, i, rows, padded, m, leading, T(1));
+      pack(job_.second_moment, i, rows, padded, v, leading, T(1));
+      for (int64_t j = 0; j < r_; ++j) moments.advance(values + j * leading, m + j * leading, v + j * leading, rows);
+      finite = fits(m, leading, rows, r_, job_.first_moment.storage) &&
+               fits(v, leading, rows, r_, job_.second_moment.storage) &&
+               fits(values, leading, rows, r_, std::is_same_v<T, float> ? Storage::float32 : Storage::float64);
+    }
+    return finite;
+  }
+
+  // ||Y^T Y - I||_F
+  double drift() {
+    double* gram = zeroed_gram(r_);
+    for (int64_t i = panels_.begin; i < panels_.end; i += panels_.chunk) {
+      const T* panel = panels_.at(i);
+      gram_block(panel, panels_.leading, r_, panel, panels_.leading, r_, panels_.padded(i), gram, r_, true);
+    }
+    return root_of_sum(gram, r_, r_);
   }
 
   // All steps, from kept panels.
