@@ -23,6 +23,14 @@ class NonFiniteError(RuntimeError):
         self.names = tuple(names)
 
 
+class OffManifoldError(RuntimeError):
+    """A factor was found off its Stiefel manifold: something else moved it. ``names`` lists the factors at fault."""
+
+    def __init__(self, message: str, names: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.names = tuple(names)
+
+
 class BackendUnavailableError(RuntimeError):
     """A backend was asked for by name and cannot serve; the message says why and what to do."""
 

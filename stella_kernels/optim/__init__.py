@@ -1,6 +1,12 @@
-"""Riemannian optimization of Stiefel factors: AdamW with the whole step fused, or any torch optimizer with hooks."""
+"""Optimizers for StelLA: hooks for any torch optimizer, and AdamW with the geometry fused.
+
+The promise of both: after any step a constrained factor that moved is orthonormal to round-off, or the step that would
+have trained it wrongly has raised an error that names factor, cause and cure (``guard.py``).
+"""
 
 from .adamw import StellaAdamW
-from .attach import Attachment, attach
+from .attach import attach
+from .attachment import Attachment
+from .guard import retract
 
-__all__ = ["Attachment", "StellaAdamW", "attach"]
+__all__ = ["Attachment", "StellaAdamW", "attach", "retract"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -10,47 +9,62 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
-from torch.optim.adamw import adamw
 
-from ..checks import NonFiniteError, check_choice
-from ..nn import StiefelFactor, stiefel_factors
-from ..operators.status import INFO_COLUMNS, STATUS_OK
+from ..checks import NonFiniteError, OffManifoldError, check_choice
+from ..nn import StiefelFactor
+from ..operators.status import DRIFT, INFO_COLUMNS, RESIDUAL, STATUS_OK
 from ..reference import stiefel
 from . import targets
 from .coupling import Couplings
+from .guard import Guard
+from .interruption import uninterrupted
 from .plan import LR, STEP, Plan, Slot
+from .roster import Roster
+from .unconstrained import groups_of, refuse_options, step_free
 
 
 class StellaAdamW(AdamW):
     """AdamW that keeps the factors of StelLA adapters on their Stiefel manifolds (arXiv 2510.01938), fused.
 
-    The same steps as ``torch.optim.AdamW`` with ``optim.attach`` (retraction 'polar'), up to round-off, at the price
-    of AdamW's own: for each constrained factor Y (n, r) with gradient ∇, moments of ``g = ∇ − Y ∇ᵀ Y``, AdamW's move
-    with bias correction divided by ``sqrt(n / d)``, projected to the tangent space and retracted, all factors in one
-    operator call per device and dtype. ``.grad`` is left as it is. All other parameters (S, biases, ...) take
-    torch's own decoupled AdamW. No memory beyond AdamW's state; ``state_dict`` is interchangeable with that of
-    ``torch.optim.AdamW`` over the same groups, in both directions.
+    The same steps as ``torch.optim.AdamW`` with ``optim.attach`` (retraction 'polar'), up to round-off: for each
+    constrained factor Y (n, r) with gradient ∇, moments of ``g = ∇ − Y ∇ᵀ Y``, AdamW's move with bias correction
+    divided by ``sqrt(n / d)``, projected to the tangent space and retracted, all factors in one operator call per
+    device and dtype. ``.grad`` is left as it is. All other parameters (S, biases, ...) take torch's own decoupled
+    AdamW. No memory beyond AdamW's state; ``state_dict`` is interchangeable with that of ``torch.optim.AdamW`` over
+    the same groups, in both directions. Factors of the model that begin to train later (unfrozen, added to a group)
+    are constrained from then on.
 
     Args:
         params: a model: its trainable constrained factors form one group, without weight decay, and its other trainable
             parameters a second one; or parameters or groups as for any torch optimizer, constrained factors in groups
             with ``weight_decay=0``. Factors are float32 or float64; bfloat16 and float16 work at their own precision.
-        lr, betas, eps, weight_decay, maximize, foreach, fused: as in ``torch.optim.AdamW``, also by group; ``lr`` may
-            be a tensor; the last two concern the other parameters only.
+        lr: as in ``torch.optim.AdamW``, also by group, as all that follow; may be a tensor.
+        betas: as there.
+        eps: as there.
+        weight_decay: as there, of the other parameters.
+        amsgrad: False; see ``retraction``.
         factors: those to constrain: a model with StelLA adapters, or a sequence of ``StiefelFactor`` or tall parameters
             (n, r), n > r. Default: ``params``, where that is a model.
         grad_scaling: True takes d from the model's ``config.hidden_size``, a number is d itself, False is no scaling.
         retraction: 'polar'. For others, and for amsgrad, ``optim.attach`` serves any torch optimizer.
         coupled: take ``∇ᵀY`` from the gradient of S where the adapter can promise it (see ``optim.coupling``), which
             saves a pass over the factors. ``coupled_reason`` says for which factors it cannot, and why.
-        skip_nonfinite: a factor with NaN or infinity in its gradient is left as it is, with its moments and its step
-            count, and counted in ``skipped``, instead of the error below.
+        on_foreign_move: what to do with a factor that something else has moved off its manifold since its last step,
+            found as a step begins (``optim.guard``): 'error', or 'retract' to go on from its orthogonal polar factor,
+            for training that averages or interpolates weights (each step then measures every factor beforehand).
+        skip_nonfinite: where any gradient holds NaN or infinity the whole step is left out, moments and step counts
+            too, and counted in ``skipped``, instead of the error below.
+        maximize: as in ``torch.optim.AdamW``.
+        foreach: as there, of the other parameters.
+        fused: as there, of the other parameters.
 
     Attributes:
         factors: the constrained factors, in order.
         last_info: of the last step, (k, 5) float64 on the CPU, a row for each factor that had a gradient: status,
-            ``‖QᵀQ − I‖``, iterations, path, drift (``operators/status.py``). None before the first step.
-        skipped: how many steps each factor has skipped, by name.
+            ``‖QᵀQ − I‖`` (an upper bound), iterations, path, and the distance from the manifold as the step began. None
+            before the first step.
+        skipped: of the steps that were left out, how many each factor was the cause of, by name ('S beside' a factor
+            for its S, 'param_groups[i]' for other parameters).
         coupled_reason: with ``coupled``, by name, why a factor is not coupled.
 
     Raises:
@@ -58,10 +72,13 @@ class StellaAdamW(AdamW):
             with weight decay; ``coupled`` where no factor can be.
         NonFiniteError: a factor holds NaN or an infinity.
 
-    ``step(closure=None)`` raises, with nothing changed, ``ValueError`` for options that are not supported,
-    ``RuntimeError`` for a sparse gradient, ``NonFiniteError`` naming the factors with a NaN or infinite gradient. A
-    factor whose own value or moments are not finite, or whose step overflows, is named by a ``NonFiniteError`` as well
-    and not moved, but by then the other factors are.
+    ``step(closure=None)`` raises, with nothing changed, ``ValueError`` for options that are not supported and for
+    factors that are in no group any more, ``RuntimeError`` for a sparse gradient or where no factor has one,
+    ``OffManifoldError`` for a factor that something else moved, ``NonFiniteError`` naming the factors whose gradient,
+    or whose S's gradient, holds NaN or infinity. A write to ``.data`` leaves no trace but the distance itself, which is
+    known when the step is taken: the ``OffManifoldError`` then comes after the whole step. A factor whose own value or
+    moments are not finite, or whose step overflows, is named by a ``NonFiniteError`` as well and not moved, but by then
+    the other factors are.
     """
 
     def __init__(
@@ -77,6 +94,7 @@ class StellaAdamW(AdamW):
         grad_scaling: bool | float = True,
         retraction: str = "polar",
         coupled: bool = False,
+        on_foreign_move: str = "error",
         skip_nonfinite: bool = False,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -88,7 +106,7 @@ class StellaAdamW(AdamW):
                 f"retraction: found {retraction!r}, wanted 'polar', the one StellaAdamW fuses; for others use "
                 f"attach(torch.optim.AdamW(...), model, retraction={retraction!r})."
             )
-        _refuse({"amsgrad": amsgrad})
+        refuse_options({"amsgrad": amsgrad})
         model = params if isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList) else None
         if factors is None and model is None:
             raise ValueError(
@@ -103,9 +121,7 @@ class StellaAdamW(AdamW):
             self._hidden_size = targets.hidden_size_of(target if model is None else model)
         elif grad_scaling is not False:
             self._hidden_size = targets.check_hidden_size("grad_scaling", grad_scaling)
-        # where new trainable adapters are looked for when their parameters are added later
-        self._target = weakref.ref(target) if isinstance(target, nn.Module) else None
-        groups: Any = params if model is None else _groups(model, found)
+        groups: Any = params if model is None else groups_of(model, found)
         super().__init__(groups, lr, betas, eps, weight_decay, maximize=maximize, foreach=foreach, fused=fused)
         self._step_supports_amp_scaling = False  # GradScaler unscales before the step, also where fused
         targets.check_held(self, found)
@@ -115,6 +131,8 @@ class StellaAdamW(AdamW):
         self.skipped: Counter[str] = Counter()
         self.last_info: Tensor | None = None
         self._coupled = coupled
+        self._roster = Roster(target, self)
+        self._guard = Guard((), on_foreign_move)
         self._constrain(found)
         if self._couplings is not None and len(self._couplings.reasons) == len(found):
             raise ValueError(
@@ -147,16 +165,10 @@ class StellaAdamW(AdamW):
         if "_slots" not in self.__dict__:
             return  # in the constructor, which checks all groups at its end
         try:
-            held = {id(p) for p in self.param_groups[-1]["params"]}
-            model = self._target() if self._target is not None else None
-            found = [] if model is None else [f for f in stiefel_factors(model) if id(f.parameter) in held]
-            targets.check_shapes(found)
-            targets.check_no_weight_decay(self, {id(f.parameter): f.name for f in found})
-            targets.check_orthonormal(found)
+            self._admit(self._roster.newcomers(p for p in self.param_groups[-1]["params"] if p.requires_grad))
         except BaseException:
             self.param_groups.pop()
             raise
-        self._constrain([*self.factors, *found])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch; that of ``torch.optim.AdamW`` over the same groups serves as well.
@@ -165,22 +177,33 @@ class StellaAdamW(AdamW):
             ValueError: an option that StellaAdamW does not have, amsgrad for example; nothing is changed.
         """
         for group in state_dict.get("param_groups", ()):
-            _refuse(group)
+            refuse_options(group)
         super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_hidden_size", "_coupled", "skip_nonfinite", "skipped", "last_info")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "_factors": self.factors}
+        kept = {name: getattr(self, name) for name in own}
+        return {**super().__getstate__(), **kept, "_factors": self.factors, "_policy": self._guard.policy}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        factors = state.pop("_factors", None)
+        factors, policy = state.pop("_factors", None), state.pop("_policy", "error")
         super().__setstate__(state)
         if factors is not None:  # unpickled or copied, rather than loaded
-            self._target = None
             self._step_supports_amp_scaling = False
+            self._roster = Roster(None, self)
+            self._guard = Guard((), policy)
             self._constrain(factors)
 
+    def _admit(self, new: Sequence[StiefelFactor]) -> None:
+        """Factors of the model that began to train after this optimizer was built."""
+        if new:
+            targets.check_shapes(new)
+            targets.check_no_weight_decay(self, {id(f.parameter): f.name for f in new})
+            targets.check_orthonormal(new)
+            self._constrain([*self.factors, *new])
+
     def _constrain(self, factors: Sequence[StiefelFactor]) -> None:
+        self._guard.watch([f for f in factors if not self._guard.watches(f)])
         self._slots = [Slot(i, f, self._hidden_size) for i, f in enumerate(factors)]
         self._slot_of = {id(f.parameter): slot for f, slot in zip(factors, self._slots, strict=True)}
         self._plan: Plan | None = None
@@ -194,21 +217,50 @@ class StellaAdamW(AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        free = self._free_parameters()
-        active = [slot for slot in self._slots if slot.parameter.grad is not None]
-        if active:
-            self._step_factors(active)
-        for group, parameters in zip(self.param_groups, free, strict=True):
-            if parameters:
-                self._step_free(group, parameters)
+        with uninterrupted():
+            self._take_step()
         return loss
 
-    def _free_parameters(self) -> list[list[Tensor]]:
-        """The unconstrained parameters of each group that have a gradient; refuses what the step cannot do."""
+    def _take_step(self) -> None:
+        free, new = self._free_parameters()
+        if new:
+            self._admit(new)
+            free, _ = self._free_parameters()
+        active = [slot for slot in self._slots if slot.parameter.grad is not None]
+        self._roster.check_moving(self.factors, len(active), any(free))
+        # a write to .data can be brought back before the step only where every factor is measured
+        self._guard.before_step(self.factors, every=self._guard.policy == "retract")
+        if self.skip_nonfinite:
+            if causes := self._non_finite(active, free):
+                self.skipped.update(causes)
+                return
+        else:
+            targets.check_finite_cores([slot.factor for slot in active])
+        moved_elsewhere = self._step_factors(active) if active else None
+        for group, parameters in zip(self.param_groups, free, strict=True):
+            if parameters:
+                step_free(self, group, parameters)
+        if moved_elsewhere is not None:
+            raise moved_elsewhere
+
+    def _non_finite(self, active: list[Slot], free: list[list[Tensor]]) -> list[str]:
+        """Names of what has a gradient with NaN or infinity."""
+        names = {id(slot.factor.core): f"S beside {slot.factor.name}" for slot in reversed(self._slots)}
+        given = [(slot.factor.name, slot.parameter.grad) for slot in active]
+        for index, parameters in enumerate(free):
+            given += [(names.get(id(p), f"param_groups[{index}]"), p.grad) for p in parameters]
+        gradients = [gradient for _, gradient in given if gradient is not None]
+        return sorted({given[i][0] for i in targets.non_finite(gradients)})
+
+    def _free_parameters(self) -> tuple[list[list[Tensor]], list[StiefelFactor]]:
+        """The unconstrained parameters of each group that have a gradient, and factors of the model among them.
+
+        Refuses what the step cannot do.
+        """
         free: list[list[Tensor]] = []
         held = 0
         for index, group in enumerate(self.param_groups):
-            _refuse(group)
+            refuse_options(group)
             if group["foreach"] and isinstance(group["lr"], Tensor):
                 raise ValueError(f"param_groups[{index}]: found foreach=True and lr as a tensor, which torch refuses.")
             rest: list[Tensor] = []
@@ -227,52 +279,18 @@ class StellaAdamW(AdamW):
             if held > before and group["weight_decay"]:
                 targets.check_no_weight_decay(self, {i: slot.factor.name for i, slot in self._slot_of.items()})
             free.append(rest)
-        if held != len(self._slots):
-            targets.check_held(self, self.factors)
-            raise ValueError(
-                f"param_groups: found {held} places that hold the {len(self._slots)} constrained factors, wanted each "
-                "factor once."
-            )
-        return free
+        self._roster.check_held(self.factors, held)
+        return free, self._roster.newcomers(p for rest in free for p in rest)
 
-    def _step_free(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        """torch's own AdamW; through its function, since ``super().step()`` would fire the hooks a second time."""
-        moving: list[Tensor] = []
-        gradients: list[Tensor] = []
-        exp_avgs: list[Tensor] = []
-        exp_avg_sqs: list[Tensor] = []
-        steps: list[Tensor] = []
-        has_complex = self._init_group(
-            {**group, "params": parameters}, moving, gradients, exp_avgs, exp_avg_sqs, [], steps
-        )
-        beta1, beta2 = group["betas"]
-        adamw(
-            moving,
-            gradients,
-            exp_avgs,
-            exp_avg_sqs,
-            [],
-            steps,
-            foreach=group["foreach"],
-            fused=group["fused"],
-            has_complex=has_complex,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=group["maximize"],
-        )
-
-    def _step_factors(self, active: list[Slot]) -> None:
+    def _step_factors(self, active: list[Slot]) -> OffManifoldError | None:
+        """The error to raise when the step is over, where a factor had been moved by something else."""
         state = self.state
         for slot in active:
             if slot.follow(state.get(slot.parameter)):
                 self._plan = None
         plan = self._planned(active)
         gradients = [slot.gradient() for slot in active]
-        if len(plan.calls) > 1 and not self.skip_nonfinite:
+        if len(plan.calls) > 1:
             # one call writes nothing when it finds a NaN; several have to be checked beforehand
             _refuse_gradients([s for s, g in zip(active, gradients, strict=True) if not bool(g.isfinite().all())])
         known: dict[int, Tensor] = {}
@@ -284,9 +302,13 @@ class StellaAdamW(AdamW):
         for call in plan.calls:
             slots = [active[i] for i in call.positions]
             if rates != call.rates:
-                call.hyperparameters[:, LR] = torch.tensor([rates[s.group] for s in slots], dtype=torch.float64)
+                call.hyperparameters[:, LR] = torch.tensor(
+                    [rates[s.group] for s in slots], dtype=torch.float64, device="cpu"
+                )
                 call.rates = rates
-            call.hyperparameters[:, STEP] = torch.tensor([s.step.item() + 1 for s in slots], dtype=torch.float64)
+            call.hyperparameters[:, STEP] = torch.tensor(
+                [s.step.item() + 1 for s in slots], dtype=torch.float64, device="cpu"
+            )
             rows = torch.ops.stella_kernels.stella_adamw_(
                 [s.view for s in slots],
                 [gradients[i] for i in call.positions],
@@ -299,10 +321,10 @@ class StellaAdamW(AdamW):
         if len(infos) == 1:
             info = infos[0]
         else:
-            info = torch.empty(len(active), INFO_COLUMNS, dtype=torch.float64)
+            info = torch.empty(len(active), INFO_COLUMNS, dtype=torch.float64, device="cpu")
             for call, rows in zip(plan.calls, infos, strict=True):
                 info[call.positions] = rows
-        self._finish(active, info)
+        return self._finish(active, info)
 
     def _planned(self, active: list[Slot]) -> Plan:
         """The operator calls for these factors, with all hyperparameters in place but the learning rates and steps."""
@@ -316,25 +338,21 @@ class StellaAdamW(AdamW):
             plan = self._plan = Plan(active, groups, constants)
         return plan
 
-    def _finish(self, active: list[Slot], info: Tensor) -> None:
-        """Book the factors that have taken the step; raise for the others, or count them."""
+    def _finish(self, active: list[Slot], info: Tensor) -> OffManifoldError | None:
+        """Book the factors that have taken the step; raise for the others."""
         status = info[:, 0].tolist()
-        done, skipped, stuck = active, [], []
+        done, stuck = active, []
         if any(status):
             done = [slot for slot, s in zip(active, status, strict=True) if s == STATUS_OK]
-            others = [slot for slot, s in zip(active, status, strict=True) if s != STATUS_OK]
-            skipped = [slot for slot in others if not bool(slot.gradient().isfinite().all())]
-            stuck = [slot for slot in others if slot not in skipped]
-            if not self.skip_nonfinite:
-                _refuse_gradients(skipped)
+            stuck = [slot for slot, s in zip(active, status, strict=True) if s != STATUS_OK]
+            _refuse_gradients([slot for slot in stuck if not bool(slot.gradient().isfinite().all())])
         for slot in done:
             if slot.fresh:  # kept only now, so that a step that raises leaves no state behind
                 self.state[slot.parameter] = slot.state
                 slot.fresh = False
         if done:
             # as a tensor, or torch makes one of the number for every step counter
-            torch._foreach_add_([slot.step for slot in done], torch.tensor(1.0), alpha=1.0)
-        self.skipped.update(slot.factor.name for slot in skipped)
+            torch._foreach_add_([slot.step for slot in done], torch.tensor(1.0, device="cpu"), alpha=1.0)
         self.last_info = info
         if stuck:
             names = [slot.factor.name for slot in stuck]
@@ -345,26 +363,18 @@ class StellaAdamW(AdamW):
                 "have taken it, so go on from a checkpoint, with a lower learning rate or clipped gradients.",
                 names,
             )
+        return self._judge(active, info)
 
-
-def _groups(model: nn.Module, factors: Sequence[StiefelFactor]) -> list[dict[str, Any]]:
-    """The trainable parameters of a model: the constrained ones without weight decay, and the rest."""
-    constrained = {id(f.parameter) for f in factors}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trainable if id(p) in constrained], "weight_decay": 0.0},
-        {"params": [p for p in trainable if id(p) not in constrained]},
-    ]
-
-
-def _refuse(group: dict[str, Any]) -> None:
-    """Raise ``ValueError`` for options of torch's AdamW that StellaAdamW does not have."""
-    for option in ("amsgrad", "capturable", "differentiable"):
-        if group.get(option):
-            raise ValueError(
-                f"{option}: found {group[option]!r}, wanted False: StellaAdamW does not have it; use "
-                f"torch.optim.AdamW({option}=True) with stella_kernels.optim.attach."
-            )
+    def _judge(self, active: list[Slot], info: Tensor) -> OffManifoldError | None:
+        factors = [slot.factor for slot in active]
+        found = None
+        try:
+            state = "The step was taken in full from where they were found, and every factor is orthonormal again"
+            self._guard.judge(factors, info[:, DRIFT].tolist(), state)
+        except OffManifoldError as error:
+            found = error
+        self._guard.after_step(factors, info[:, RESIDUAL].tolist())
+        return found
 
 
 def _refuse_gradients(slots: list[Slot]) -> None:
@@ -372,6 +382,6 @@ def _refuse_gradients(slots: list[Slot]) -> None:
         names = [slot.factor.name for slot in slots]
         raise NonFiniteError(
             f"the gradient of {', '.join(names)} holds NaN or an infinity; no parameter and no moment was changed. "
-            "Zero the gradients and look at the loss of this batch, or leave such factors out: skip_nonfinite=True.",
+            "Zero the gradients and look at the loss of this batch, or leave such steps out: skip_nonfinite=True.",
             names,
         )

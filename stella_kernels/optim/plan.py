@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..nn import StiefelFactor
 from ..reference import stiefel
+from . import targets
+from .guard import place_of
 
 # Columns of the operator's hyperparameters that are written at every step.
 LR, STEP = 0, 4
@@ -23,29 +25,32 @@ class Slot:
         self.parameter = factor.parameter
         self.group = 0
         self.view = factor.view  # (n, r), the parameter's own memory
-        self._memory = (self.view.data_ptr(), 0, 0)  # where the parameter and the moments lay at the last step
+        self._place = place_of(self.parameter)  # as the last step found it
+        self._memory = (0, 0)  # where the moments lay then
         self.divisor = stiefel.gradient_scaling_divisor(self.view.shape[0], hidden_size)
         self.state: dict[str, Any] = {}
         self.fresh = False
-        self.step = self.exp_avg = self.exp_avg_sq = self.exp_avg_view = self.exp_avg_sq_view = torch.empty(0)
+        self.step = self.exp_avg = self.exp_avg_sq = self.exp_avg_view = self.exp_avg_sq_view = torch.empty(
+            0, device="cpu"
+        )
 
     def follow(self, state: dict[str, Any] | None) -> bool:
         """Renew what has changed since the last step; whether the parameter's own memory has."""
-        at = self.parameter.data_ptr()
-        moved = at != self._memory[0]
+        place = place_of(self.parameter)
+        moved = place != self._place
         if moved:
-            self.view = self.factor.view
+            self.view, self._place = self.factor.view, place
         self.fresh = not state
         if not state:
             scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32  # as torch does
             state = {
-                "step": torch.tensor(0.0, dtype=scalar),
+                "step": torch.tensor(0.0, dtype=scalar, device="cpu"),
                 "exp_avg": torch.zeros_like(self.parameter, memory_format=torch.preserve_format),
                 "exp_avg_sq": torch.zeros_like(self.parameter, memory_format=torch.preserve_format),
             }
         m, v = state["exp_avg"], state["exp_avg_sq"]
-        memory = (at, m.data_ptr(), v.data_ptr())  # .data may have been replaced
-        if memory != self._memory or m is not self.exp_avg or v is not self.exp_avg_sq:
+        memory = (m.data_ptr(), v.data_ptr())  # .data may have been replaced
+        if moved or memory != self._memory or m is not self.exp_avg or v is not self.exp_avg_sq:
             self.exp_avg_view, self.exp_avg_sq_view = self._tall("exp_avg", state), self._tall("exp_avg_sq", state)
             self.exp_avg, self.exp_avg_sq, self._memory = m, v, memory
         step = state["step"]
@@ -56,13 +61,7 @@ class Slot:
 
     def gradient(self) -> Tensor:
         """The gradient as (n, r)."""
-        gradient = self.parameter.grad
-        assert gradient is not None
-        if gradient.layout is not torch.strided:
-            raise RuntimeError(
-                f"{self.factor.name}: found a gradient of layout {gradient.layout}, wanted a dense one; compute the "
-                "factor's gradient without sparse=True."
-            )
+        gradient = targets.check_gradient(self.factor.name, self.parameter)
         return gradient.mT if self.factor.transposed else gradient
 
     def _tall(self, key: str, state: dict[str, Any]) -> Tensor:
@@ -82,7 +81,7 @@ class Call:
 
     def __init__(self, positions: list[int], rows: list[list[float]], unknown: Tensor) -> None:
         self.positions = positions
-        self.hyperparameters = torch.tensor(rows, dtype=torch.float64)
+        self.hyperparameters = torch.tensor(rows, dtype=torch.float64, device="cpu")
         self.rates: list[float] | None = None  # those of the groups, when the learning rates were last written
         self.unknown = unknown  # stands for a coupling that the operator is to compute
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..checks import NonFiniteError
 from ..nn import StiefelFactor
-from ..operators.status import INFO_COLUMNS, STATUS_NON_FINITE, STATUS_OK
+from ..operators.status import DRIFT, INFO_COLUMNS, STATUS_NON_FINITE, STATUS_OK
 from ..reference import quotient, stiefel
 from ..reference.quotient import Triple
 from . import targets
@@ -76,7 +76,7 @@ class QuotientStep:
     """
 
     def __init__(self, products: Sequence[Product], retraction: str, method: str) -> None:
-        self._products = tuple(products)
+        self.products = tuple(products)
         self._retraction = retraction
         self._method = method
         self._cores: list[tuple[Product, Tensor]] = []  # of the step under way: the products that move, S before
@@ -86,7 +86,7 @@ class QuotientStep:
 
         Raises ``RuntimeError`` if only some of U, S, V have a gradient, ``NonFiniteError`` for a NaN in that of S.
         """
-        moving = [p for p in self._products if {p.left, p.right} & gradients.keys() or p.core.grad is not None]
+        moving = [p for p in self.products if {p.left, p.right} & gradients.keys() or p.core.grad is not None]
         for product in moving:
             if not {product.left, product.right} <= gradients.keys() or product.core.grad is None:
                 raise RuntimeError(
@@ -132,7 +132,7 @@ class QuotientStep:
                 Q, rows[index] = self._retracted(Y, move)
                 views[index].copy_(Q)
             p.core.detach().copy_(point[1] + xi[1])
-        return torch.tensor([rows[i] for i in before], dtype=torch.float64).reshape(-1, INFO_COLUMNS)
+        return torch.tensor([rows[i] for i in before], dtype=torch.float64, device="cpu").reshape(-1, INFO_COLUMNS)
 
     def restore(self) -> None:
         """Give every S of the step under way its value before it."""
@@ -140,10 +140,10 @@ class QuotientStep:
             product.core.detach().copy_(core)
 
     def _retracted(self, Y: Tensor, move: Tensor) -> tuple[Tensor, list[float]]:
-        drift = float(stiefel.orthonormality_error(Y.double()))
+        drift = float(stiefel.orthonormality_error(Y))
         if self._retraction == "polar":
             Q, info = torch.ops.stella_kernels.polar(Y + move, self._method)
-            return Q, [*info[0, :-1].tolist(), drift]
+            return Q, [*info[0, :DRIFT].tolist(), drift]
         Q = stiefel.RETRACTIONS[self._retraction](Y, move)  # (n, r)
         residual = float(stiefel.orthonormality_error(Q))
         status = STATUS_OK if residual < float("inf") else STATUS_NON_FINITE

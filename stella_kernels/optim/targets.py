@@ -80,6 +80,12 @@ def orthonormality_tolerance(factor: StiefelFactor) -> float:
 def check_shapes(factors: Sequence[StiefelFactor]) -> None:
     """Raise ``TypeError`` or ``ValueError`` unless every factor is a dense floating-point matrix, tall as viewed."""
     for factor in factors:
+        if getattr(factor.parameter, "placements", None) is not None:
+            raise ValueError(
+                f"{factor.name}: found a {type(factor.parameter).__name__}, a parameter that is sharded over "
+                "processes, wanted a whole one: sharded factors cannot be constrained yet. Leave the adapters "
+                "out of fully_shard (ignored_params), or train with distributed data parallel."
+            )
         check_float_tensor(factor.name, factor.parameter)
         if factor.parameter.dim() != 2:
             raise ValueError(
@@ -97,6 +103,51 @@ def check_shapes(factors: Sequence[StiefelFactor]) -> None:
                 f"{factor.name}: found a {factor.parameter.layout} parameter on device {factor.parameter.device}, "
                 "wanted a dense one that holds values; load the model's weights before attaching."
             )
+
+
+def check_gradient(name: str, parameter: Tensor) -> Tensor:
+    """The gradient of ``parameter``, detached; ``RuntimeError`` where a step cannot take it."""
+    gradient = parameter.grad
+    assert gradient is not None
+    if gradient.layout is not torch.strided:
+        raise RuntimeError(
+            f"{name}: found a gradient of layout {gradient.layout}, wanted a dense one; compute the "
+            "factor's gradient without sparse=True."
+        )
+    if not gradient.is_contiguous() and any(
+        step == 0 and size > 1 for size, step in zip(gradient.shape, gradient.stride(), strict=True)
+    ):
+        raise RuntimeError(
+            f"{name}: found a gradient of strides {gradient.stride()}, whose elements share memory, wanted "
+            "one that can be rewritten in place; set p.grad = gradient.contiguous()."
+        )
+    return gradient.detach()
+
+
+def non_finite(tensors: Sequence[Tensor]) -> list[int]:
+    """Places of those that hold NaN or an infinity; few operations where none does."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(i)
+    found: list[int] = []
+    for places in kinds.values():
+        joined = torch.cat([tensors[i].detach().reshape(-1) for i in places])
+        if not bool(joined.isfinite().all()):
+            found += [i for i in places if not bool(tensors[i].isfinite().all())]
+    return sorted(found)
+
+
+def check_finite_cores(factors: Sequence[StiefelFactor]) -> None:
+    """Raise ``NonFiniteError`` for an S whose gradient holds NaN or an infinity, named by a factor beside it."""
+    found = [(f.core, f.name) for f in reversed(factors) if f.core is not None]
+    cores = {id(core): (core.grad, name) for core, name in found}  # the first factor's name
+    gradients = [(g, name) for g, name in cores.values() if g is not None and g.layout is torch.strided]
+    if bad := [gradients[i][1] for i in non_finite([gradient for gradient, _ in gradients])]:
+        raise NonFiniteError(
+            f"the gradient of the S beside {', '.join(bad)} holds NaN or an infinity, found before the optimizer moved "
+            "anything. Zero the gradients and look at the loss of this batch.",
+            bad,
+        )
 
 
 def check_orthonormal(factors: Sequence[StiefelFactor]) -> None:

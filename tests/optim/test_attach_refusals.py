@@ -157,19 +157,6 @@ def before_a_step() -> tuple[Problem, Model, Optimizer, Tensor]:
     return problem, model, optimizer, model.first.U.grad.clone()
 
 
-def test_closures_are_refused() -> None:
-    problem, model, optimizer, gradient = before_a_step()
-    for args, kwargs in (((lambda: 1.0,), {}), ((), {"closure": lambda: 1.0})):
-        with pytest.raises(RuntimeError, match="closure: found one"):
-            optimizer.step(*args, **kwargs)
-    assert identical(values(model), values(problem.model))
-    assert torch.equal(model.first.U.grad, gradient)
-    assert not optimizer.state
-    optimizer.step(None)
-    optimizer.step(closure=None)
-    assert worst_error(model) < 1e-13
-
-
 def test_weight_decay_set_later_is_refused() -> None:
     problem, model, optimizer, gradient = before_a_step()
     optimizer.param_groups[0]["weight_decay"] = 0.1
@@ -281,7 +268,7 @@ def test_factors_come_back_when_the_retraction_fails(how: str, monkeypatch: pyte
             m.zero_()
         if how == "exception":
             raise RuntimeError("out of memory")
-        info = torch.zeros(len(moved), 4, dtype=F64)
+        info = torch.zeros(len(moved), 5, dtype=F64)
         info[1, 0] = 2
         return info
 

@@ -134,17 +134,3 @@ def test_state_dict_round_trip() -> None:
     attach(optimizer, again)
     problem.train(again, optimizer, optimizer.step, 5, 12)
     assert identical(values(again), values(model))
-
-
-def test_optimizer_can_be_pickled_and_copied() -> None:
-    problem = Problem()
-    model = problem.copy()
-    optimizer = OPTIMIZERS["adamw"](model.parameters())
-    attach(optimizer, model)
-    problem.train(model, optimizer, optimizer.step, 0, 2)
-    pickle.loads(pickle.dumps(optimizer))
-    twin_model, twin = copy.deepcopy((model, optimizer))
-    attach(twin, twin_model)  # hooks do not travel with a copy
-    problem.train(model, optimizer, optimizer.step, 2, 4)
-    problem.train(twin_model, twin, twin.step, 2, 4)
-    assert identical(values(twin_model), values(model))

@@ -160,7 +160,22 @@ def coupling_sum_kernel(
     if (bad == 0) & (lost | (bounded == 0)):
         tl.debug_barrier()  # the coupling is read again
         sound, fits = attempt(
-            table, settings, factor, at, n, r, GRADIENT, FACTOR, DRIFT == 0, ELEMENT, TO, PRECISION, INDEX, R, SLAB, BLOCK
+            table,
+            settings,
+            factor,
+            at,
+            n,
+            r,
+            GRADIENT,
+            FACTOR,
+            DRIFT == 0,
+            ELEMENT,
+            TO,
+            PRECISION,
+            INDEX,
+            R,
+            SLAB,
+            BLOCK,
         )
         status = tl.where(sound, tl.where(fits, 0.0, 3.0), 1.0)
         status = tl.where(lost & (known != 0), 1.0, status)

@@ -53,7 +53,16 @@ def _couple(table: Table, settings: Tensor | None, info: Tensor) -> tuple[Tensor
     couplings = table.scratch(table.factors, R, R)
     state = table.scratch(table.factors, dtype=torch.int32)
     coupling_kernel[(table.count,)](
-        table.items, table.rows, partials, largest, refused, 1.0, GRADIENT=GRADIENT, FACTOR=FACTOR, DRIFT=DRIFT, **common
+        table.items,
+        table.rows,
+        partials,
+        largest,
+        refused,
+        1.0,
+        GRADIENT=GRADIENT,
+        FACTOR=FACTOR,
+        DRIFT=DRIFT,
+        **common,
     )
     common.pop("CHUNK")
     coupling_sum_kernel[(table.factors,)](

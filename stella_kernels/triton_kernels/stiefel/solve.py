@@ -190,15 +190,9 @@ def stored_residual(residual, n, r, ELEMENT: tl.constexpr, TO: tl.constexpr):
     Rounding moves each value by at most u |q| + η, Q by d = u ‖Q‖ + η sqrt(n r), QᵀQ by d (2 ‖Q‖₂ + d).
     """
     U: tl.constexpr = (
-        0.0
-        if ELEMENT == TO
-        else 2.0**-24
-        if ELEMENT == tl.float32
-        else 2.0**-8
-        if ELEMENT == tl.bfloat16
-        else 2.0**-11
+        0.0 if ELEMENT == TO else 2.0**-24 if tl.float32 == ELEMENT else 2.0**-8 if tl.bfloat16 == ELEMENT else 2.0**-11
     )
-    LEAST: tl.constexpr = 2.0**-25 if ELEMENT == tl.float16 else 0.0
+    LEAST: tl.constexpr = 2.0**-25 if tl.float16 == ELEMENT else 0.0
     size = tl.sqrt(1.0 + residual)
     moved = U * tl.sqrt(r.to(TO)) * size + LEAST * tl.sqrt(n.to(TO) * r.to(TO))
     return residual + moved * (2.0 * size + moved)
