@@ -38,6 +38,7 @@ class StellaLinear(nn.Module):
         dropout: probability of dropping an element of the adapter's input while training.
         diag_s: S is diagonal, stored (r,).
         init: how U and V start, see `init_factors`.
+        use_rslora: s = alpha / sqrt(r).
         recompute: compute A = dropout(x) V anew in the backward pass instead of keeping its T r elements.
         device: where the factors live; default: where the base's first parameter or buffer is.
         dtype: the factors' dtype. Default float32, whatever the base's: bfloat16 cannot hold orthonormal columns. It is

@@ -30,13 +30,16 @@ def init_factors(
     """Fill the factors in place: U and V with orthonormal columns, S with the identity (ones where diagonal) or zero.
 
     Args:
-        U: (m, r), S: (r, r) or (r,), Vt: (r, n); any float dtype, computed in float32 at least.
+        U: (m, r), any float dtype; computed in float32 at least, as all three.
+        S: (r, r) or (r,), any float dtype.
+        Vt: (r, n), any float dtype.
         init: "rando" (uniform on the Stiefel manifold, from torch's default generator), "svd_major" or "svd_minor" (the
             singular vectors of the base weight with the r largest, or r smallest, singular values), "zero" (U and V as
             in "rando", S zero, so that the adapter starts as nothing), "pseudo_zero" (as "rando": the layer takes away
             the adapter's start, see `StellaLinear`), or "identity" (the first r columns of the identity: no
             randomness, for factors that a checkpoint will fill). All but the last: arXiv 2510.01938, section 5.5.
         base_weight: (m, n), or (n, m) with ``fan_in_fan_out``; needed by the svd ones, left as it is.
+        fan_in_fan_out: the base weight is stored (n, m).
 
     Raises:
         ValueError: unknown init, shapes that do not go together, r above m or n, no base_weight where needed, or one
