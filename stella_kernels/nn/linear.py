@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..checks import FLOAT_DTYPES, check_choice, check_finite_number, check_whole_number
 from .adapted import Term, adapted_output, start_term
 from .factors import OwnFactor
-from .masters import check_stored, master_after_apply
+from .masters import check_stored, master_after_apply, start_fits
 from .starts import INITS, init_factors
 
 
@@ -172,7 +172,9 @@ class StellaLinear(nn.Module):
         if len(stored) == 1:
             error_msgs.append(f"{prefix}{stored[0]}: found without its partner, wanted both of U0 and Vt0 or neither.")
         elif stored and self.U0 is None:
-            self.U0, self.Vt0 = torch.zeros_like(self.U.detach()), torch.zeros_like(self.Vt.detach())
+            wanted = {f"{prefix}U0": self.U.detach(), f"{prefix}Vt0": self.Vt.detach()}
+            if start_fits(state_dict, wanted, error_msgs):
+                self.U0, self.Vt0 = self.U.detach().clone(), self.Vt.detach().clone()
         elif not stored and prefix + "U" in state_dict:  # a state dict that is not about this layer decides nothing
             self.U0 = self.Vt0 = None
 

@@ -95,6 +95,32 @@ def in_full_precision(stored: Tensor, dtype: torch.dtype, orthonormal: str | Non
     return (Q if orthonormal == "columns" else Q.mT).contiguous()
 
 
+def _fault(key: str, stored: Tensor) -> str | None:
+    if stored.dtype.is_floating_point:
+        return None
+    return (
+        f"{key}: found dtype {stored.dtype}, wanted a floating-point tensor; dequantize the checkpoint, or take the "
+        "real part, before loading it."
+    )
+
+
+def start_fits(state_dict: dict[str, Any], wanted: dict[str, Tensor], error_msgs: list[str]) -> bool:
+    """Whether the U0 and Vt0 of ``state_dict`` can become the start of a layer that has none; faults are reported.
+
+    Args:
+        state_dict: what is loaded.
+        wanted: U and Vt of the layer, by the keys of U0 and Vt0.
+        error_msgs: of ``load_state_dict``.
+    """
+    faults = [fault for key in wanted if (fault := _fault(key, state_dict[key])) is not None]
+    for key, factor in wanted.items():
+        found, expected = tuple(state_dict[key].shape), tuple(factor.shape)
+        if found != expected:
+            faults.append(f"size mismatch for {key}: found shape {found} in the checkpoint, wanted {expected}.")
+    error_msgs.extend(faults)
+    return not faults
+
+
 def check_stored(
     state_dict: dict[str, Any], key: str, parameter: Tensor, orthonormal: str | None, error_msgs: list[str]
 ) -> None:
@@ -106,12 +132,9 @@ def check_stored(
     stored = state_dict.get(key)
     if not isinstance(stored, Tensor):
         return
-    if not stored.dtype.is_floating_point:
+    if (fault := _fault(key, stored)) is not None:
         del state_dict[key]
-        error_msgs.append(
-            f"{key}: found dtype {stored.dtype}, wanted a floating-point tensor; dequantize the checkpoint, or "
-            "take the real part, before loading it."
-        )
+        error_msgs.append(fault)
     elif stored.shape == parameter.shape and stored.dtype != parameter.dtype:
         # loading by assignment (low_cpu_mem_usage) would take over the checkpoint's dtype
         state_dict[key] = in_full_precision(stored, parameter.dtype, orthonormal)

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import functional
 from ..nn import OwnFactor, Term, adapted_output, init_factors, is_untouched, start_term
+from ..nn.masters import start_fits
 from .config import StellaConfig
 from .factor import Factor, base_device_and_dtype, layer_features, master_dtype
 
@@ -344,11 +345,7 @@ class Linear(nn.Module, StellaLayer):
                 error_msgs.append(f"{stored[0]}: found without its partner, wanted both of {keys} or neither.")
             elif stored and adapter not in self.stella_U0:
                 U, _, Vt = self.factors(adapter)
-                wrong = [(k, w) for k, w in zip(keys, (U, Vt), strict=True) if state_dict[k].shape != w.shape]
-                for key, wanted in wrong:  # as torch words it
-                    shapes = f"shape {state_dict[key].shape} from checkpoint, the shape wanted is {wanted.shape}"
-                    error_msgs.append(f"size mismatch for {key}: copying a param with {shapes}.")
-                if not wrong:
+                if start_fits(state_dict, dict(zip(keys, (U, Vt), strict=True)), error_msgs):
                     self._have_start(adapter, True)
             elif not stored and f"{prefix}stella_U.{adapter}.weight" in state_dict:
                 self._have_start(adapter, False)
