@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checks import check_float_tensor, check_tall
-from .nn import StiefelFactor, stiefel_factors
+from .checks import NonFiniteError, check_float_tensor, check_tall
+from .nn import StiefelFactor, missing_factors_advice, orthonormality_tolerance, stiefel_factors
 from .reference import stiefel
 
 
@@ -23,10 +24,13 @@ def _float64(value: Tensor) -> Tensor:
 def _factors(target: nn.Module | Iterable[StiefelFactor]) -> list[StiefelFactor]:
     factors = stiefel_factors(target) if isinstance(target, nn.Module) else list(target)
     if not factors or not all(isinstance(f, StiefelFactor) for f in factors):
-        found = type(target).__name__ if isinstance(target, nn.Module) else f"{len(factors)} objects"
+        if isinstance(target, nn.Module):
+            found, advice = type(target).__name__, missing_factors_advice(target)
+        else:
+            found, advice = f"{len(factors)} objects", "take them from stella_kernels.nn.stiefel_factors(model)"
         raise ValueError(
             f"target: found {found}, wanted a model with trainable Stiefel factors, or a sequence of StiefelFactor; "
-            "add adapters first (StellaLinear, or get_peft_model with a StellaConfig)."
+            f"{advice}."
         )
     return factors
 
@@ -44,6 +48,53 @@ def orthonormality(target: nn.Module | Iterable[StiefelFactor]) -> dict[str, flo
     return {f.name: float(stiefel.orthonormality_error(_float64(f.view))) for f in _factors(target)}
 
 
+def off_manifold(target: nn.Module | Iterable[StiefelFactor], slack: float = 1.0) -> dict[str, float]:
+    """``‖QᵀQ − I‖`` of the factors that are further from the manifold than round-off explains, by name.
+
+    Args:
+        target: a model with StelLA adapters, or factors; any float dtype and device.
+        slack: how many times the round-off of one retraction to allow.
+
+    Raises:
+        ValueError: there are no factors.
+    """
+    factors = _factors(target)
+    errors = orthonormality(factors)
+    # not "greater", as NaN is off the manifold too
+    return {f.name: errors[f.name] for f in factors if not errors[f.name] <= slack * orthonormality_tolerance(f)}
+
+
+def describe_off(errors: dict[str, float]) -> str:
+    """The worst of ``off_manifold``, in words, and what to do."""
+    worst = sorted(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name], reverse=True)
+    named = ", ".join(f"{name} (‖QᵀQ − I‖ = {errors[name]:.3g})" for name in worst[:3])
+    more = f" and {len(worst) - 3} more" if len(worst) > 3 else ""
+    return (
+        f"found {named}{more}, wanted orthonormal columns. Something other than the Riemannian step moved them, such "
+        "as an average of weights, or an optimizer without stella_kernels.optim.attach. To retract them, for factor in "
+        "stella_kernels.nn.stiefel_factors(model): factor.view.copy_(stella_kernels.polar(factor.view)); where they "
+        "hold NaN, go back to a checkpoint"
+    )
+
+
+def check(target: nn.Module | Iterable[StiefelFactor]) -> None:
+    """Raise unless every trainable factor is on its Stiefel manifold, up to the round-off of its shape and dtype.
+
+    Args:
+        target: a model with StelLA adapters, or factors; any float dtype and device.
+
+    Raises:
+        NonFiniteError: a factor holds NaN or an infinity.
+        ValueError: there are no factors, or some do not have orthonormal columns; the message names them.
+    """
+    errors = off_manifold(target)
+    broken = [name for name, error in errors.items() if not math.isfinite(error)]
+    if broken:
+        raise NonFiniteError(f"target: {describe_off({name: errors[name] for name in broken})}.", broken)
+    if errors:
+        raise ValueError(f"target: {describe_off(errors)}.")
+
+
 @torch.no_grad()
 def principal_angles(now: Tensor, start: Tensor) -> Tensor:
     """The r principal angles between the column spaces of two matrices, in radians, increasing, in [0, π/2].
@@ -53,13 +104,15 @@ def principal_angles(now: Tensor, start: Tensor) -> Tensor:
     half of the digits of a small angle (Björck and Golub 1973).
 
     Args:
-        now, start: (n, r) each with n >= r and of full rank, any float dtype and device; need not be orthonormal.
+        now: (n, r) with n >= r and of full rank, any float dtype and device; need not be orthonormal.
+        start: as ``now``, of its shape.
 
     Returns:
         (r,) float64 on the CPU.
 
     Raises:
-        TypeError, ValueError: an argument that is not a floating-point matrix (n, r), or shapes that differ.
+        TypeError: an argument that is not a floating-point tensor.
+        ValueError: an argument that is not a matrix (n, r) with n >= r, or shapes that differ.
     """
     for name, value in (("now", now), ("start", start)):
         check_float_tensor(name, value)

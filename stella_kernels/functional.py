@@ -134,12 +134,15 @@ def stella_linear(
         x: (..., n), strides as they may be, T = 0 allowed.
         W: (m, n), the base weight; outside autocast of x's dtype.
         b: (m,) of W's dtype, or None.
-        U: (m, r), Vt: (r, n) = Vᵀ, S: (r, r), or (r,) when S is diagonal; any float dtype (float32 masters beside a
-            bfloat16 model are meant): the product is computed in the result's dtype, the gradients arrive in theirs.
+        U: (m, r), any float dtype (float32 masters beside a bfloat16 model are meant): the product is computed in the
+            result's dtype, the gradients of the factors arrive in theirs.
+        S: (r, r), or (r,) when S is diagonal; any float dtype.
+        Vt: (r, n) = Vᵀ, any float dtype.
         scale: s, alpha / r, or alpha / sqrt(r) with rsLoRA.
         dropout_p: probability that an element of x is dropped before the adapter (the base sees x itself); in force
             when ``training``. The mask is Philox's under a seed drawn from torch's default generator, so
             ``torch.manual_seed`` and activation checkpointing reproduce it.
+        training: whether dropout is in force.
         recompute: compute A anew in the backward pass instead of keeping its T r elements.
 
     Returns:
@@ -181,14 +184,22 @@ def stella_adapter(
         y: (..., m), the base's output, which is used up: its memory holds the result (a compiled graph may use other
             memory), so go on with what is returned. Everything is computed in its dtype.
         x: (..., n), with y's leading dimensions; any float dtype. Copied where it shares y's memory.
-        U, S, Vt, scale, dropout_p, training, recompute: as in :func:`stella_linear`.
+        U: as in `stella_linear`, as all that follow.
+        S: (r, r), or (r,) when S is diagonal.
+        Vt: (r, n).
+        scale: s.
+        dropout_p: probability that an element of x is dropped.
+        training: whether dropout is in force.
+        recompute: compute A anew in the backward pass.
 
     Returns:
         (..., m) in y's dtype: y itself, outside ``torch.compile``.
 
     Raises:
-        NotImplementedError, TypeError, ValueError: as :func:`stella_linear`; where y's shape is not x's leading
-            dimensions and m; where y is a leaf that requires grad, or expanded, and may not be overwritten.
+        NotImplementedError: as `stella_linear`.
+        TypeError: as `stella_linear`.
+        ValueError: as `stella_linear`; where y's shape is not x's leading dimensions and m; where y is a leaf that
+            requires grad, or expanded, and may not be overwritten.
     """
     _refuse_transforms("stella_adapter")
     _check_adapter(x, U, S, Vt, scale, dropout_p)

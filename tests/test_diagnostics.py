@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import stella_kernels as sk
+from stella_kernels.checks import NonFiniteError
 from stella_kernels.diagnostics import Recorder, orthonormality, principal_angles
 from stella_kernels.nn import StellaLinear, StiefelFactor, stiefel_factors
 from stella_kernels.optim import attach
@@ -133,3 +134,42 @@ def test_bad_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_is_public() -> None:
     assert sk.diagnostics.Recorder is Recorder
     assert "diagnostics" in sk.__all__
+
+
+# One call that says whether all is well
+
+
+def test_check_names_the_factors_off_the_manifold() -> None:
+    model = nn.Sequential(StellaLinear(nn.Linear(30, 20), r=4), StellaLinear(nn.Linear(20, 20), r=20))
+    sk.diagnostics.check(model)
+    assert sk.diagnostics.off_manifold(model) == {}
+    with torch.no_grad():
+        model[1].Vt[0] *= 1.01
+        model[0].U += 1e-2
+    found = sk.diagnostics.off_manifold(model)
+    assert found.keys() == {"0.U", "1.Vt"}
+    assert found["1.Vt"] == orthonormality(model)["1.Vt"]
+    with pytest.raises(ValueError, match=r"target: found 0\.U .*, 1\.Vt .*polar"):  # the worst first
+        sk.diagnostics.check(model)
+    with pytest.raises(ValueError, match=r"1\.Vt"):
+        sk.diagnostics.check(stiefel_factors(model)[3:])
+    sk.diagnostics.check(stiefel_factors(model)[1:3])
+    with torch.no_grad():
+        model[0].Vt[0, 0] = math.nan
+    with pytest.raises(NonFiniteError, match=r"0\.Vt \(‖QᵀQ − I‖ = nan\), wanted") as raised:
+        sk.diagnostics.check(model)
+    assert raised.value.names == ("0.Vt",)
+    with pytest.raises(ValueError, match="add adapters first"):
+        sk.diagnostics.check(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "r"), [(512, 1), (512, 64), (64, 64)])
+def test_check_knows_round_off_from_a_move(dtype: torch.dtype, n: int, r: int) -> None:
+    layer = StellaLinear(nn.Linear(n, n), r=r, dtype=dtype)
+    sk.diagnostics.check(layer)
+    with torch.no_grad():
+        # ‖QᵀQ − I‖ = 2 · 8 eps sqrt(n) sqrt(r), and (2 + 8 sqrt(n)) eps sqrt(r) is allowed at most
+        layer.U.mul_(1 + 8 * torch.finfo(dtype).eps * n**0.5)
+    with pytest.raises(ValueError, match="U"):
+        sk.diagnostics.check(layer)

@@ -20,88 +20,23 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import functional
 from ..nn import OwnFactor, Term, adapted_output, init_factors, is_untouched, start_term
-from ..reference.stiefel import orthonormality_error
+from ..nn.masters import start_fits
 from .config import StellaConfig
-
-_HALF_DTYPES = (torch.bfloat16, torch.float16)
-
-
-def _master_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything else: in bfloat16 a factor is already 2e-4 off its manifold."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from .factor import Factor, base_device_and_dtype, layer_features, master_dtype
 
 
-def _base_device_and_dtype(base: nn.Module) -> tuple[torch.device | None, torch.dtype]:
-    """Where a base layer's weight is and what it is; (None, float32) for a layer without tensors of its own."""
-    named = (getattr(base, name, None) for name in ("weight", "qweight", "W_q"))
-    tensors = (tensor for tensor in (*named, *base.parameters(), *base.buffers()) if isinstance(tensor, Tensor))
-    weight = next(tensors, None)
-    return (None, torch.float32) if weight is None else (weight.device, weight.dtype)
+class Seen:
+    """What happened to a layer in a forward pass that is watched, see ``targets.watched``."""
 
-
-def layer_features(base: nn.Module) -> tuple[int, int] | None:
-    """(n, m), the sizes of the input and output of a linear layer; None if ``base`` is not one that can be adapted."""
-    if isinstance(base, Conv1D):
-        n, m = getattr(base.weight, "ds_shape", base.weight.shape)
-        return int(n), int(m)
-    for n_name, m_name in (("in_features", "out_features"), ("infeatures", "outfeatures")):
-        n, m = getattr(base, n_name, None), getattr(base, m_name, None)
-        if isinstance(n, int) and isinstance(m, int):
-            return n, m
-    return None
-
-
-class Factor(nn.Module):
-    """One stored factor, ``weight``: a full-precision master, also when its model is cast to half precision.
-
-    ``orthonormal`` says which side is: 'columns' (U), 'rows' (Vᵀ), or None (S).
-    """
-
-    def __init__(
-        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None, orthonormal: str | None = None
-    ) -> None:
-        super().__init__()
-        self.orthonormal = orthonormal
-        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Factor:
-        def keep_precision(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            # `model.to(torch.bfloat16)` moves the factor but does not round it off its manifold
-            return tensor.to(moved.device) if moved.dtype in _HALF_DTYPES else moved
-
-        super()._apply(keep_precision, recurse)
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        stored = state_dict.get(prefix + "weight")
-        if stored is not None and stored.dtype in _HALF_DTYPES:
-            # loading by assignment (low_cpu_mem_usage) would take over the checkpoint's dtype
-            state_dict[prefix + "weight"] = self._restored(stored)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    @torch.no_grad()
-    def _restored(self, stored: Tensor) -> Tensor:
-        """A factor that was saved in half precision: in full precision, and back on the manifold it was rounded off."""
-        full = stored.to(self.weight.dtype)
-        if self.orthonormal is None or stored.is_meta:
-            return full
-        tall = full if self.orthonormal == "columns" else full.mT  # (n, r)
-        # rounding moves QᵀQ by eps sqrt(r) at most; what is further off was never orthonormal, and is not touched
-        if not float(orthonormality_error(tall)) <= 4 * torch.finfo(stored.dtype).eps * math.sqrt(tall.shape[-1]):
-            return full
-        Q = functional.polar(tall)
-        assert isinstance(Q, Tensor)
-        return (Q if self.orthonormal == "columns" else Q.mT).contiguous()
-
-    def extra_repr(self) -> str:
-        return f"shape={tuple(self.weight.shape)}, dtype={self.weight.dtype}"
+    called = False
+    weight_read = False
 
 
 class StellaLayer(BaseTunerLayer):
     """What every StelLA layer holds: factors and settings by adapter name. Mixed into an ``nn.Module``."""
 
     adapter_layer_names = ("stella_U", "stella_S", "stella_Vt")
+    seen: Seen | None = None
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "stella_U0", "stella_Vt0")
 
     def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool = False) -> None:
@@ -137,8 +72,8 @@ class StellaLayer(BaseTunerLayer):
         m, n = self.out_features, self.in_features
         if not 1 <= r <= min(m, n):
             raise ValueError(f"r: found {r} for a layer of {n} inputs and {m} outputs, wanted 1 <= r <= {min(m, n)}.")
-        device, base_dtype = _base_device_and_dtype(self.get_base_layer())
-        dtype = _master_dtype(base_dtype)
+        device, base_dtype = base_device_and_dtype(self.get_base_layer())
+        dtype = master_dtype(base_dtype)
         if device is not None and device.type == "meta":
             device = None  # weights offloaded or not yet loaded: the factors are real, unless the caller says otherwise
         U = Factor((m, r), dtype, device, "columns")
@@ -146,18 +81,22 @@ class StellaLayer(BaseTunerLayer):
         Vt = Factor((r, n), dtype, device, "rows")
         self._initialise(U.weight, S.weight, Vt.weight, config.init_lora_weights)
         self.stella_U[adapter_name], self.stella_S[adapter_name], self.stella_Vt[adapter_name] = U, S, Vt
-        for starts, factor in ((self.stella_U0, U), (self.stella_Vt0, Vt)):
-            if config.init_lora_weights == "pseudo_zero":
-                # a frozen parameter, not a buffer: while loading, PEFT looks for meta tensors among parameters only
-                starts[adapter_name] = copy.deepcopy(factor).requires_grad_(False)
-            elif adapter_name in starts:
-                del starts[adapter_name]
+        self._have_start(adapter_name, config.init_lora_weights == "pseudo_zero")
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.lora_dropout[adapter_name] = config.lora_dropout
         self.use_rslora[adapter_name] = config.use_rslora
         self.scaling[adapter_name] = self._configured_scaling(adapter_name)
         self.set_adapter(self.active_adapters)
+
+    def _have_start(self, adapter: str, wanted: bool) -> None:
+        """Keep a copy of U and Vᵀ as they are now, as the start to subtract, or have no start."""
+        for starts, factors in ((self.stella_U0, self.stella_U), (self.stella_Vt0, self.stella_Vt)):
+            if wanted:
+                # a frozen parameter, not a buffer: while loading, PEFT looks for meta tensors among parameters only
+                starts[adapter] = copy.deepcopy(factors[adapter]).requires_grad_(False)
+            elif adapter in starts:
+                del starts[adapter]
 
     def _initialise(self, U: Tensor, S: Tensor, Vt: Tensor, init: bool | str) -> None:
         if U.device.type == "meta":
@@ -187,14 +126,29 @@ class StellaLayer(BaseTunerLayer):
         for adapter in self._present(self.active_adapters):
             U, S, Vt = self.factors(adapter)
             if U.requires_grad:
-                yield f"stella_U.{adapter}.weight", U, False, S, "left"
+                yield f"stella_U.{adapter}.weight", U, False, S, "left", self._master(self.stella_U, adapter)
             if Vt.requires_grad:
-                yield f"stella_Vt.{adapter}.weight", Vt, True, S, "right"
+                yield f"stella_Vt.{adapter}.weight", Vt, True, S, "right", self._master(self.stella_Vt, adapter)
+
+    @staticmethod
+    def _master(factors: nn.ModuleDict, adapter: str) -> torch.dtype:
+        return cast(Factor, factors[adapter]).master
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight, as in every PEFT layer: models look at its dtype and device."""
+        if self.seen is not None:
+            self.seen.weight_read = True
+        return super().weight
+
+    def adds_adapters(self) -> bool:
+        """Whether a forward pass computes adapters: some are active here, and not switched off or merged."""
+        return not self.disable_adapters and not self.merged and bool(self._present(self.active_adapters))
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own also casts to the base layer's dtype; the factors are full-precision masters
         if device is None:
-            device, _ = _base_device_and_dtype(self.get_base_layer())
+            device, _ = base_device_and_dtype(self.get_base_layer())
         if device is None or device.type == "meta":
             return
         for attribute in (*self.adapter_layer_names, "stella_U0", "stella_Vt0"):
@@ -232,7 +186,10 @@ class Linear(nn.Module, StellaLayer):
 
     Args:
         base_layer: the layer to adapt, (..., n) to (..., m).
-        adapter_name, config, r, lora_alpha: the first adapter, as in ``update_layer``.
+        adapter_name: the name of the first adapter.
+        config: its configuration.
+        r: its rank.
+        lora_alpha: its scale, divided by r (or sqrt(r)).
     """
 
     def __init__(
@@ -251,6 +208,8 @@ class Linear(nn.Module, StellaLayer):
         Raises:
             ValueError: ``adapter_names`` is not as long as the batch, or adapters are merged.
         """
+        if self.seen is not None:
+            self.seen.called = True
         if adapter_names is not None and not self.disable_adapters:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         if self.disable_adapters and self.merged:
@@ -313,7 +272,8 @@ class Linear(nn.Module, StellaLayer):
             adapter_names: those to merge; all active ones by default.
 
         Raises:
-            ValueError: with ``safe_merge``, the sum is not finite. TypeError: the base weight is quantized.
+            ValueError: with ``safe_merge``, the sum is not finite.
+            TypeError: the base weight is quantized.
         """
         adapters = self._present(check_adapters_to_merge(self, adapter_names))
         if not adapters:
@@ -323,21 +283,29 @@ class Linear(nn.Module, StellaLayer):
         self.merged_adapters.extend(adapters)
 
     @torch.no_grad()
-    def check_merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Raise what ``merge`` with the same arguments would raise, and change nothing."""
+    def check_merge(
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None, name: str = "this layer"
+    ) -> None:
+        """Raise what ``merge`` with the same arguments would raise, calling the layer ``name``, and change nothing."""
         names = self.active_adapters if adapter_names is None else adapter_names
         adapters = [name for name in self._present(names) if name not in self.merged_adapters]
         if adapters and safe_merge:
-            self._merged_weight(adapters, True)
+            self._merged_weight(adapters, True, name)
         elif adapters:
             self._check_mergeable()
 
-    def _merged_weight(self, adapters: list[str], safe_merge: bool) -> Tensor:
+    def _merged_weight(self, adapters: list[str], safe_merge: bool, name: str = "this layer") -> Tensor:
         merged = self._base_weight_plus(adapters, 1)
         if safe_merge and not bool(merged.isfinite().all()):
-            raise ValueError(
-                f"safe_merge: the weight merged with {adapters} holds NaN or an infinity; nothing was changed."
-            )
+            broken = [a for a in adapters if not bool(self.get_delta_weight(a).isfinite().all())]
+            if broken:  # in PEFT's words
+                fault = "".join(f" The adapter {adapter} seems to be broken:" for adapter in broken)
+                fault += f" its factors in {name} hold NaN or an infinity;"
+            elif not bool(self._check_mergeable().isfinite().all()):
+                fault = f" The base weight of {name} holds NaN or an infinity;"
+            else:
+                fault = f" The sum for {name} overflows {merged.dtype}, though all its terms are finite;"
+            raise ValueError(f"NaNs detected in the merged weights.{fault} safe_merge has changed nothing.")
         return merged
 
     @torch.no_grad()
@@ -362,10 +330,26 @@ class Linear(nn.Module, StellaLayer):
 
     def _base_weight_plus(self, adapters: list[str], sign: int) -> Tensor:
         weight = self._check_mergeable()
-        total = weight.to(_master_dtype(weight.dtype), copy=True)
+        total = weight.to(master_dtype(weight.dtype), copy=True)
         for adapter in adapters:
             total.add_(self.get_delta_weight(adapter).to(weight.device), alpha=sign)
         return total.to(weight.dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # the state dict decides which adapters subtract a start: the option that the factors began with no longer does
+        error_msgs: list[str] = args[-1]
+        for adapter in list(self.stella_U):
+            keys = [f"{prefix}{kind}.{adapter}.weight" for kind in ("stella_U0", "stella_Vt0")]
+            stored = [key for key in keys if key in state_dict]
+            if len(stored) == 1:
+                error_msgs.append(f"{stored[0]}: found without its partner, wanted both of {keys} or neither.")
+            elif stored and adapter not in self.stella_U0:
+                U, _, Vt = self.factors(adapter)
+                if start_fits(state_dict, dict(zip(keys, (U, Vt), strict=True)), error_msgs):
+                    self._have_start(adapter, True)
+            elif not stored and f"{prefix}stella_U.{adapter}.weight" in state_dict:
+                self._have_start(adapter, False)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT can turn the adapter into a LoRA: it adds ``get_delta_weight``."""

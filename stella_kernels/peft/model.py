@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -17,11 +18,13 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
-from torch import nn
+from torch import Tensor, nn
 
 from .config import StellaConfig
-from .layer import Linear, StellaLayer, layer_features
+from .factor import layer_features
+from .layer import Linear, StellaLayer
 from .registration import PREFIX
+from .targets import warn_of_left_out, warn_of_unused, watched, why_never_called
 
 BASE_ONLY = "__base__"
 
@@ -36,7 +39,8 @@ class StellaModel(BaseTuner):
     ``stella_kernels.optim.attach(optimizer, model)``.
 
     Raises:
-        ValueError: a targeted layer cannot take the configured rank, or is not linear; no layer has been replaced then.
+        ValueError: a targeted layer cannot take the configured rank, is not linear, or has a parent that reads its
+            weight instead of calling it; no layer has been replaced then.
     """
 
     prefix: str = PREFIX
@@ -51,14 +55,64 @@ class StellaModel(BaseTuner):
                 "use bias='none', or a newer PEFT (pip install -U peft)."
             )
 
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """As PEFT's, but what cannot be adapted is refused before the first layer is replaced.
+
+        Raises:
+            ValueError: a targeted layer is not linear, is too small for the rank, or is never called by its parent.
+        """
+        if state_dict is not None:  # PEFT then takes the layers that it names, whatever the configuration says
+            names = {key.rsplit(f".{PREFIX}", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
+            present = [name for name, _ in model.named_modules() if name in names]
+            self._check_layers(self.peft_config[adapter_name], model, present)
+        self._watched_modes: set[bool] = set()  # of training and evaluation, those in which layers have been watched
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         # PEFT replaces layers one by one, so a layer that cannot be adapted must be found before the first is replaced
-        resolved = _maybe_include_all_linear_layers(copy.copy(peft_config), model)
-        for name, module in model.named_modules():
-            if name and PREFIX not in name and self._check_target_module_exists(resolved, name):
-                self._check_layer(peft_config, name, module)
+        resolved, left_out = self._resolved(peft_config, model)
+        targeted = [
+            name
+            for name, _ in model.named_modules()
+            if name and PREFIX not in name and self._check_target_module_exists(resolved, name)
+        ]
+        self._check_layers(peft_config, model, targeted)
+        if left_out and not targeted:
+            raise ValueError(
+                f"target_modules: 'all-linear' finds {', '.join(left_out)} and no other, and the first can take no "
+                f"adapter that is heeded: {why_never_called(model, left_out[0])}."
+            )
         if peft_config.layer_replication:
             replicate_layers(model, peft_config.layer_replication)
+        if left_out:  # else PEFT writes the names itself
+            peft_config.target_modules = self._resolved(peft_config, model)[0].target_modules
+            warn_of_left_out(model, left_out)
+
+    def _resolved(self, peft_config: Any, model: nn.Module) -> tuple[Any, list[str]]:
+        """The configuration with 'all-linear' written out, and the layers left out of it that are never called."""
+        resolved: Any = _maybe_include_all_linear_layers(copy.copy(peft_config), model)
+        if resolved.target_modules is peft_config.target_modules:
+            return resolved, []
+        found = sorted(name for name in resolved.target_modules if self._check_target_module_exists(resolved, name))
+        left_out = [name for name in found if why_never_called(model, name) is not None]
+        resolved.target_modules = set(resolved.target_modules) - set(left_out)
+        return resolved, left_out
+
+    def _check_layers(self, config: Any, model: nn.Module, names: Iterable[str]) -> None:
+        for name in names:
+            self._check_layer(config, name, model.get_submodule(name))
+            if (reason := why_never_called(model, name)) is not None:
+                raise ValueError(
+                    f"target_modules: {name!r} can take no adapter that is heeded: {reason}. Or leave it out, by "
+                    "target_modules or exclude_modules."
+                )
 
     def _check_layer(self, config: StellaConfig, name: str, module: nn.Module) -> None:
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -105,7 +159,8 @@ class StellaModel(BaseTuner):
         """As PEFT's, but every layer is checked before the first is changed.
 
         Raises:
-            ValueError: with ``safe_merge``, a merged weight is not finite. TypeError: a base weight is quantized.
+            ValueError: with ``safe_merge``, a merged weight is not finite.
+            TypeError: a base weight is quantized.
         """
         self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge=safe_merge)
@@ -129,17 +184,39 @@ class StellaModel(BaseTuner):
         )
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        for layer in self.model.modules():
+        for name, layer in self.model.named_modules():
             if isinstance(layer, Linear):
                 with onload_layer(layer):
-                    layer.check_merge(safe_merge, adapter_names)
+                    layer.check_merge(safe_merge, adapter_names, repr(name))
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """As PEFT's, and a stored start ('pseudo_zero') finds its layer also where the model has none yet."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        starts = tuple(f".{PREFIX}{kind}.weight" for kind in ("U0", "Vt0"))
+        return {
+            f"{key.removesuffix('.weight')}.{adapter_name}.weight" if key.endswith(starts) else key: value
+            for key, value in remapped.items()
+        }
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand ``adapter_names`` (one for each row of the batch) to the layers for one forward or ``generate``."""
+        """Hand ``adapter_names`` (one for each row of the batch) to the layers for one forward or ``generate``.
+
+        The first time in training and in evaluation, layers that the model never calls are warned of.
+        """
         names = kwargs.get("adapter_names")
         if names is None:
-            yield
+            if torch.compiler.is_compiling() or self.training in self._watched_modes:
+                yield
+                return
+            layers = [(name, module) for name, module in self.model.named_modules() if isinstance(module, Linear)]
+            with watched(layers) as seen:
+                yield
+            self._watched_modes.add(self.training)
+            warn_of_unused(seen, self.training)
             return
         if self.training:
             raise ValueError("adapter_names: mixed batches are for inference; call model.eval() first.")

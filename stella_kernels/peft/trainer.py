@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+import warnings
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from ..diagnostics import Recorder
-from ..nn import stiefel_factors
+from ..diagnostics import Recorder, describe_off, off_manifold
+from ..nn import lost_masters, missing_factors_advice, stiefel_factors
 from ..optim import StellaAdamW, attach, targets
 from ..optim.attach import Attachment
 from .config import StellaConfig
@@ -42,6 +43,45 @@ def adapter_settings(model: nn.Module) -> tuple[str, bool | float, str]:
     return retraction, grad_scaling, geometry
 
 
+def check_trainable(model: nn.Module) -> None:
+    """Raise unless the active adapters' factors can be trained as they are.
+
+    Raises:
+        ValueError: none is trainable, or some are in a narrower dtype than the float32 they were made in.
+    """
+    factors = stiefel_factors(model)
+    if not factors:
+        adapter_settings(model)  # no active adapter at all is said there
+        raise ValueError(
+            f"model: found no trainable StelLA factor in {type(model).__name__}; {missing_factors_advice(model)}."
+        )
+    lost = set(lost_masters(factors))
+    narrow = [factor for factor in factors if factor.name in lost]
+    if narrow:
+        first = narrow[0]
+        raise ValueError(
+            f"{first.name}: found {first.parameter.dtype}, made as a {first.master} master, as are {len(narrow)} of "
+            f"{len(factors)} factors: something cast the trainable parameters, as TRL does for a quantized model. Most "
+            "updates would round to nothing. Call stella_kernels.nn.restore_masters(model) after it, before training."
+        )
+
+
+def _hidden_size(model: nn.Module) -> float:
+    try:
+        return targets.hidden_size_of(model)
+    except ValueError as error:
+        base: Any = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+        config = getattr(base, "config", None)
+        if getattr(config, "hidden_size", None) is not None:
+            raise  # it is there, and the message says what is wrong with it
+        raise ValueError(
+            f"stella_grad_scaling: True takes the model's hidden size, and {type(base).__name__} has no "
+            "config.hidden_size; configure the adapter with StellaConfig(stella_grad_scaling=d), d being the width of "
+            "the model, or stella_grad_scaling=False to leave the steps unscaled. Of an adapter that exists: "
+            "model.peft_config[name].stella_grad_scaling = d."
+        ) from error
+
+
 def retracts_by_itself(optimizer: torch.optim.Optimizer, model: nn.Module) -> bool:
     """Whether ``optimizer`` is a ``StellaAdamW`` that constrains all trainable factors of ``model``: nothing to attach.
 
@@ -51,6 +91,7 @@ def retracts_by_itself(optimizer: torch.optim.Optimizer, model: nn.Module) -> bo
     inner = _unwrap_optimizer(optimizer)
     if not isinstance(inner, StellaAdamW):
         return False
+    check_trainable(model)
     own = {id(factor.parameter) for factor in inner.factors}
     if not all(id(factor.parameter) in own for factor in stiefel_factors(model)):
         return False  # attach says which factors are held by what
@@ -61,7 +102,7 @@ def retracts_by_itself(optimizer: torch.optim.Optimizer, model: nn.Module) -> bo
             f"stella_geometry={geometry!r}, wanted 'polar' and 'stiefel', which it fuses; train with torch.optim.AdamW "
             "instead, or configure the adapter so."
         )
-    wanted = targets.hidden_size_of(model) if scaling is True else None if scaling is False else float(scaling)
+    wanted = _hidden_size(model) if scaling is True else None if scaling is False else float(scaling)
     if inner.hidden_size != wanted:
         raise ValueError(
             f"optimizer: found a StellaAdamW that scales by width {inner.hidden_size}, wanted {wanted}, of the "
@@ -78,9 +119,13 @@ def attach_adapter(optimizer: torch.optim.Optimizer, model: nn.Module) -> Attach
         model: the PEFT model.
 
     Raises:
-        ValueError: see ``adapter_settings`` and ``optim.attach`` (weight decay on a constrained factor, among others).
+        ValueError: see ``adapter_settings``, ``check_trainable`` and ``optim.attach`` (weight decay on a constrained
+            factor, among others).
     """
     retraction, grad_scaling, geometry = adapter_settings(model)
+    check_trainable(model)
+    if grad_scaling is True and geometry != "euclidean":
+        grad_scaling = _hidden_size(model)
     inner = _unwrap_optimizer(optimizer)
     return attach(inner, model, retraction=retraction, grad_scaling=grad_scaling, geometry=geometry)
 
@@ -103,12 +148,32 @@ def _unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer
     return optimizer
 
 
+def _off_after_training(model: nn.Module, steps: int) -> str | None:
+    """What to say of factors that are off the manifold after this many steps; None where all is well."""
+    if not stiefel_factors(model):
+        return None
+    retraction, _, geometry = adapter_settings(model)
+    if geometry == "euclidean":
+        return None
+    # two retractions keep drift: the round-off of every step, whose signs are random, is still there
+    errors = off_manifold(model, 1.0 + steps**0.5 if retraction in ("exp_map", "cayley") else 1.0)
+    return describe_off(errors) if errors else None
+
+
+def _warn_if_off(model: nn.Module, steps: int, when: str) -> None:
+    if (fault := _off_after_training(model, steps)) is not None:
+        warnings.warn(f"model: {when}, {fault}.", RuntimeWarning, stacklevel=3)
+
+
 class StellaTrainerMixin:
     """Mix in before any ``Trainer``: ``class MyTrainer(StellaTrainerMixin, SFTTrainer): ...``.
 
     ``U`` and ``V`` take no weight decay, and the optimizer keeps them on their manifolds with the retraction and
     gradient scaling of the adapter's configuration. Works with transformers 4 and 5. A ``StellaAdamW`` over the model,
     ``optimizers=(StellaAdamW(model, ...), None)``, retracts by itself and gets nothing attached.
+
+    Factors that left the manifold after their last step (a callback that averages weights, say) are warned of when
+    training ends and when a checkpoint is written, and ``save_model`` refuses to write a final model with them.
     """
 
     attachment: Attachment | None = None
@@ -124,6 +189,7 @@ class StellaTrainerMixin:
 
         Raises:
             NotImplementedError: under FSDP or DeepSpeed, where no process holds a whole factor.
+            ValueError: see ``check_trainable`` and ``attach_adapter``.
         """
         for name, flag in (("FSDP", "is_fsdp_enabled"), ("DeepSpeed", "is_deepspeed_enabled")):
             if getattr(self, flag, False):
@@ -131,15 +197,36 @@ class StellaTrainerMixin:
                     f"StellaTrainer: found {name}, which splits or copies factors, wanted whole ones; use one device "
                     "or distributed data parallel training."
                 )
+        model: nn.Module = self.model  # type: ignore[attr-defined]
+        check_trainable(model)
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
         inner = _unwrap_optimizer(optimizer)
         if inner is not self._attached_to:
             if self.attachment is not None:
                 self.attachment.remove()
-            model: nn.Module = self.model  # type: ignore[attr-defined]
             self.attachment = None if retracts_by_itself(inner, model) else attach_adapter(inner, model)
             self._attached_to = inner
         return optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own; then ``RuntimeWarning`` if factors are off the manifold when all callbacks have run."""
+        result = super().train(*args, **kwargs)  # type: ignore[misc]
+        state: Any = self.state  # type: ignore[attr-defined]
+        _warn_if_off(self.model, state.global_step, "after training")  # type: ignore[attr-defined]
+        return result
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The Trainer's own, after a look at the factors. A checkpoint is written all the same, with a warning.
+
+        Raises:
+            ValueError: factors of a model saved by the caller are off the manifold; nothing was written.
+        """
+        model, steps = self.model, self.state.global_step  # type: ignore[attr-defined]
+        if _internal_call:
+            _warn_if_off(model, steps, "in the checkpoint that is being written")
+        elif (fault := _off_after_training(model, steps)) is not None:
+            raise ValueError(f"model: {fault}. Or model.save_pretrained(...) writes it as it is; nothing was saved.")
+        super().save_model(output_dir, _internal_call)  # type: ignore[misc]
 
 
 class StellaTrainer(StellaTrainerMixin, Trainer):
@@ -163,6 +250,7 @@ class StellaCallback(TrainerCallback):
         Raises:
             ValueError: a constrained factor is in a parameter group with weight decay, or see ``attach_adapter``.
         """
+        check_trainable(kwargs["model"])
         model, optimizer = kwargs["model"], _unwrap_optimizer(kwargs["optimizer"])
         names = {id(factor.parameter): factor.name for factor in stiefel_factors(model)}
         for group in optimizer.param_groups:
@@ -178,8 +266,13 @@ class StellaCallback(TrainerCallback):
         self.attachment = None if retracts_by_itself(optimizer, model) else attach_adapter(optimizer, model)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the optimizer as it was found."""
+        """Leave the optimizer as it was found. ``RuntimeWarning`` if factors are off the manifold."""
         self._detach()
+        _warn_if_off(kwargs["model"], state.global_step, "after training")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """``RuntimeWarning`` if factors are off the manifold in the checkpoint that was just written."""
+        _warn_if_off(kwargs["model"], state.global_step, "in the checkpoint that was just written")
 
     def _detach(self) -> None:
         if self.attachment is not None:

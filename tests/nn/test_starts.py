@@ -144,11 +144,31 @@ def test_pseudo_zero_is_a_base_weight_without_the_first_adapter(diag_s: bool) ->
         assert float((ours - theirs).norm()) <= 1e-12 * float(theirs.norm())
 
 
-def test_pseudo_zero_is_saved_with_the_module() -> None:
-    first, second = (StellaLinear(nn.Linear(9, 7), r=3, init="pseudo_zero") for _ in range(2))
-    assert {"U0", "Vt0"} < set(first.state_dict())
-    second.load_state_dict(first.state_dict())
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("target", ["rando", "zero", "pseudo_zero", "svd_major", "identity"])
+@pytest.mark.parametrize("saved", ["rando", "zero", "pseudo_zero", "svd_major", "identity"])
+def test_what_is_loaded_decides_and_not_how_the_layer_started(saved: str, target: str, assign: bool) -> None:
+    first, second = (StellaLinear(nn.Linear(9, 7), r=3, init=init) for init in (saved, target))
+    with torch.no_grad():
+        first.S.normal_()
+    assert ({"U0", "Vt0"} < set(first.state_dict())) == (saved == "pseudo_zero")
+    second.load_state_dict(copy.deepcopy(first.state_dict()), assign=assign)
+    assert set(second.state_dict()) == set(first.state_dict())
     x = torch.randn(4, 9)
     assert torch.equal(first(x), second(x))
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*U0"):  # not silently another function
-        StellaLinear(nn.Linear(9, 7), r=3).load_state_dict(first.state_dict())
+    assert torch.equal(first.merged_weight(), second.merged_weight())
+
+
+def test_a_state_dict_about_other_things_leaves_the_start() -> None:
+    layer = StellaLinear(nn.Linear(9, 7), r=3, init="pseudo_zero")
+    before = copy.deepcopy(layer.state_dict())
+    layer.load_state_dict({"base.bias": torch.zeros(7)}, strict=False)
+    assert set(layer.state_dict()) == set(before)
+    assert torch.equal(layer.state_dict()["U0"], before["U0"])
+
+
+def test_half_a_start_is_refused_and_named() -> None:
+    state = StellaLinear(nn.Linear(9, 7), r=3, init="pseudo_zero").state_dict()
+    del state["Vt0"]
+    with pytest.raises(RuntimeError, match="U0: found without its partner"):
+        StellaLinear(nn.Linear(9, 7), r=3).load_state_dict(state)

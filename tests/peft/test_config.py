@@ -12,10 +12,12 @@ import pytest
 
 pytest.importorskip("peft")
 
+from packaging.version import Version
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from stella_kernels.peft import StellaConfig, StellaModel, registration
+from tests.peft.models import Mlp, adapted
 
 # FACTS: the fields of the published package and their defaults
 PUBLISHED = {
@@ -106,7 +108,13 @@ def test_a_peft_that_is_too_old_is_refused(monkeypatch):
     ("settings", "message"),
     [
         ({"r": 0}, "^r: found 0"),
-        ({"r": True}, "^r: found True"),
+        ({"r": -8}, "^r: found -8"),
+        ({"target_modules": "*.q_proj"}, r"target_modules: found '\*\.q_proj', which is no regular expression"),
+        ({"exclude_modules": "("}, r"exclude_modules: found '\(', which is no"),
+        ({"rank_pattern": {"[q": 2}}, r"rank_pattern: found '\[q', which is no"),
+        ({"alpha_pattern": {"q": float("inf")}}, r"alpha_pattern\['q'\]: found inf"),
+        ({"target_modules": ["q"], "layers_to_transform": [-1]}, "layers_to_transform: found -1"),
+        ({"layer_replication": [(2, 2)]}, r"layer_replication: found the range \(2, 2\)"),
         ({"rank_pattern": {"q": -1}}, r"rank_pattern\['q'\]: found -1"),
         ({"lora_dropout": 1.0}, "lora_dropout: found 1.0"),
         ({"lora_alpha": float("nan")}, "lora_alpha: found nan"),
@@ -115,7 +123,6 @@ def test_a_peft_that_is_too_old_is_refused(monkeypatch):
         ({"bias": "stella_only"}, "bias: found 'stella_only'"),
         ({"init_lora_weights": "gaussian"}, "init_lora_weights: found 'gaussian'"),
         ({"stella_grad_scaling": 0.0}, "stella_grad_scaling: found 0.0"),
-        ({"stella_grad_scaling": "auto"}, "stella_grad_scaling: found 'auto'"),
         ({"target_modules": "all-linear", "layers_to_transform": [0]}, "layers_to_transform: found"),
         ({"target_modules": "q.*", "layers_pattern": "layers"}, "layers_pattern: found"),
         ({"target_modules": ["q"], "layers_pattern": "layers"}, "layers_pattern: found 'layers' without"),
@@ -134,11 +141,68 @@ def test_bad_fields_are_named(settings, message):
         ({"lora_dropout": "half"}, "lora_dropout: found 'half'"),
         ({"alpha_pattern": {"q": "8"}}, r"alpha_pattern\['q'\]: found '8'"),
         ({"rank_pattern": [4]}, r"rank_pattern: found \[4\], wanted a dictionary"),
+        ({"rank_pattern": []}, r"rank_pattern: found \[\], wanted a dictionary"),
+        ({"rank_pattern": {3: 4}}, "rank_pattern: found the key 3"),
+        ({"rank_pattern": {"q": 2.0}}, r"rank_pattern\['q'\]: found 2\.0"),
+        ({"rank_pattern": {"q": True}}, r"rank_pattern\['q'\]: found True"),
+        ({"r": True}, "^r: found True"),
+        ({"r": "8"}, "^r: found '8'"),
+        ({"r": 8.0}, r"^r: found 8\.0"),
+        ({"lora_dropout": True}, "lora_dropout: found True"),
+        ({"stella_diag_s": "false"}, "stella_diag_s: found 'false', wanted True or False"),
+        ({"use_rslora": 1}, "use_rslora: found 1"),
+        ({"fan_in_fan_out": None}, "fan_in_fan_out: found None"),
+        ({"stella_grad_scaling": "auto"}, "stella_grad_scaling: found 'auto'"),
+        ({"stella_grad_scaling": None}, "stella_grad_scaling: found None"),
+        ({"target_modules": 3}, "target_modules: found 3, wanted a regular expression, or a list of names"),
+        ({"target_modules": ["q", 3]}, r"target_modules: found \['q', 3\]"),
+        ({"target_modules": {"q": 1}}, "target_modules: found {'q': 1}"),
+        ({"exclude_modules": [None]}, r"exclude_modules: found \[None\]"),
+        ({"modules_to_save": "head"}, "modules_to_save: found 'head', wanted a list of names"),
+        ({"target_modules": ["q"], "layers_to_transform": ["0"]}, "layers_to_transform: found '0'"),
+        ({"target_modules": ["q"], "layers_to_transform": 0, "layers_pattern": 1}, "layers_pattern: found 1"),
+        ({"layer_replication": [[0, 1, 2]]}, r"layer_replication: found \[\[0, 1, 2\]\]"),
+        ({"layer_replication": {"0": 1}}, "layer_replication: found {'0': 1}"),
+        ({"layer_replication": [(0, 1.5)]}, r"layer_replication: found 1\.5"),
     ],
 )
-def test_fields_of_a_wrong_type_are_named(settings, message):
-    with pytest.raises(TypeError, match=message):
-        StellaConfig(**settings)
+@pytest.mark.parametrize("from_file", [False, True])
+def test_fields_of_a_wrong_type_are_named(settings, message, from_file, tmp_path):
+    if from_file:
+        try:
+            text = json.dumps({"peft_type": "STELLA", **settings})
+        except TypeError:
+            pytest.skip("not to be written as JSON")
+        (tmp_path / "adapter_config.json").write_text(text)
+        if 3 in settings.get("rank_pattern", {}):
+            pytest.skip("JSON's keys are strings")
+    with pytest.raises(TypeError, match=message.replace("(0, 1", "[0, 1")):
+        PeftConfig.from_pretrained(tmp_path) if from_file else StellaConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ("q", "v"), "exclude_modules": {"k"}, "modules_to_save": ("head",)},
+        {"target_modules": r".*\.(q|v)_proj", "exclude_modules": r".*\.0\..*"},
+        {"target_modules": ["q"], "layers_to_transform": 0, "layers_pattern": ["layers", "h"]},
+        {"lora_alpha": 0.5, "lora_dropout": 0, "rank_pattern": None, "alpha_pattern": {r"^a\.b": 3.5}},
+        {"layer_replication": ((0, 2), [1, 3]), "stella_grad_scaling": 64},
+    ],
+)
+def test_every_right_type_is_taken(settings):
+    config = StellaConfig(**settings)
+    assert config.target_modules is None or isinstance(config.target_modules, str | set)
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_matches_nothing_is_warned_of(field):
+    from peft import __version__ as installed
+
+    if Version(installed) < Version("0.21"):
+        pytest.skip("PEFT says nothing")
+    with pytest.warns(RuntimeWarning, match=rf"{field} keys did not match any targeted module.*\['nowhere'\]"):
+        adapted(Mlp(), r=2, target_modules=["up"], **{field: {"up": 3, "nowhere": 2}})
 
 
 @pytest.mark.parametrize("retraction", ["polar", "exp_map", "qr", "cayley"])
