@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from .checks import METHODS, check_choice, check_float_tensor, check_tall
 from .operators.autograd import StellaAdapterFunction, StellaLinearFunction
+from .operators.polar_gradient import PolarFunction
 from .operators.status import INFO_COLUMNS
 
 __all__ = ["join_adapters", "polar", "stella_adapter", "stella_linear"]
@@ -93,7 +94,13 @@ def _check_base(x: Tensor, W: Tensor, b: Tensor | None, m: int, n: int) -> None:
             )
 
 
-def _refuse_transforms(function: str) -> None:
+_BATCH_WITHOUT_VMAP = (
+    "x takes any leading dimensions, so batch without vmap, and use torch.autograd.grad, or the plain formula in "
+    "stella_kernels.reference.adapter"
+)
+
+
+def _refuse_transforms(function: str, instead: str = _BATCH_WITHOUT_VMAP) -> None:
     """torch.func's transforms go through an autograd function only where it has rules of its own for them.
 
     The compiler lets them through all the same, to gradients that are wrong.
@@ -101,8 +108,16 @@ def _refuse_transforms(function: str) -> None:
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
             f"{function}: called under a transform of torch.func (vmap, grad, jacrev, jvp), wanted eager or compiled "
-            "execution; x takes any leading dimensions, so batch without vmap, and use torch.autograd.grad, or the "
-            "plain formula in stella_kernels.reference.adapter."
+            f"execution; {instead}."
+        )
+
+
+def _refuse_compiled_forward_mode(function: str) -> None:
+    """A compiled graph of operators would drop their tangents, silently; the compiler guards on the level it read."""
+    if torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            f"{function}: compiled inside torch.autograd.forward_ad.dual_level, wanted reverse mode: forward-mode "
+            "differentiation is not implemented under torch.compile; call it outside torch.compile."
         )
 
 
@@ -154,6 +169,7 @@ def stella_linear(
         ValueError: shapes that do not go together, r above m or n, devices that differ, dropout_p outside [0, 1].
     """
     _refuse_transforms("stella_linear")
+    _refuse_compiled_forward_mode("stella_linear")
     _check_adapter(x, U, S, Vt, scale, dropout_p)
     _check_base(x, W, b, U.shape[0], Vt.shape[1])
     p, seed = _dropout(x, dropout_p, training)
@@ -191,6 +207,7 @@ def stella_adapter(
             dimensions and m; where y is a leaf that requires grad, or expanded, and may not be overwritten.
     """
     _refuse_transforms("stella_adapter")
+    _refuse_compiled_forward_mode("stella_adapter")
     _check_adapter(x, U, S, Vt, scale, dropout_p)
     check_float_tensor("y", y)
     wanted = (*x.shape[:-1], U.shape[0])
@@ -275,13 +292,17 @@ def polar(M: Tensor, method: str = "auto", return_info: bool = False) -> Tensor 
     check_float_tensor("M", M)
     check_tall("M", M)
     check_choice("method", method, METHODS)
-    if forward_ad.unpack_dual(M).tangent is not None:  # torch would return a zero tangent for an operator, silently
-        raise NotImplementedError("polar: forward-mode differentiation is not implemented; use reverse mode.")
+    compiling = torch.compiler.is_compiling()
+    if compiling:
+        _refuse_transforms("polar", "call it outside torch.compile, where transforms work, or use torch.autograd.grad")
+        _refuse_compiled_forward_mode("polar")
     if M.numel() == 0:
         matrices = 1
         for size in M.shape[:-2]:
             matrices *= size
         Q, info = M.clone(), torch.zeros((matrices, INFO_COLUMNS), dtype=torch.float64, device="cpu")
-    else:
+    elif compiling:
         Q, info = torch.ops.stella_kernels.polar(M, method)
+    else:
+        Q, info = PolarFunction.apply(M, method)
     return (Q, info) if return_info else Q
