@@ -107,6 +107,10 @@ def _check_dense(operator: str, name: str, tensor: Tensor) -> None:
         raise RuntimeError(
             f"{operator}: {name}: found layout {tensor.layout}, wanted a dense tensor; convert it, with .to_dense()."
         )
+    if tensor.dtype.is_complex:
+        raise RuntimeError(
+            f"{operator}: {name}: found {tensor.dtype}, wanted a real one: complex factors are not supported."
+        )
     if tensor.dtype not in FLOAT_DTYPES:
         raise RuntimeError(
             f"{operator}: {name}: found {tensor.dtype}, wanted float32, float64, bfloat16 or float16; convert it."

@@ -7,6 +7,7 @@ Nothing here is computed in autocast's dtype: an operator's dtypes are settled b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,9 +29,9 @@ def _arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def polar(a: signatures.Polar) -> tuple[Tensor, Tensor]:
-    n, r = a.M.shape[-2:]
+    *leading, n, r = a.M.shape
     wide = a.M.to(_arithmetic_dtype(a.M.dtype))
-    batch = wide.reshape(-1, n, r)  # (B, n, r)
+    batch = wide.reshape(math.prod(leading), n, r)  # (B, n, r)
     finite = batch.isfinite().flatten(1).all(1) if batch.numel() else torch.ones(batch.shape[0], dtype=torch.bool)
     if not bool(finite.all()):
         index = int((~finite).nonzero()[0])

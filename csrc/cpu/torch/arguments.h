@@ -66,6 +66,10 @@ inline Storage storage_of(const Tensor& t, const Argument& a) {
       return Storage::bfloat16;
     case ScalarType::Half:
       return Storage::float16;
+    case ScalarType::ComplexHalf:
+    case ScalarType::ComplexFloat:
+    case ScalarType::ComplexDouble:
+      STD_TORCH_CHECK(false, a, "found ", dtype_of(t), ", wanted a real one: complex factors are not supported.");
     default:
       STD_TORCH_CHECK(false, a, "found ", dtype_of(t), ", wanted float32, float64, bfloat16 or float16; convert it.");
   }
