@@ -92,7 +92,7 @@ test-arm: build $(ARM_DIR)/stamp
 	  -B $(ARM_DIR)/build -D CMAKE_SYSTEM_NAME=Linux -D CMAKE_SYSTEM_PROCESSOR=aarch64 \
 	  -D STELLA_KERNELS_CPU=OFF -D STELLA_KERNELS_EMULATED=ON
 	cmake --build $(ARM_DIR)/build --target emulated_core
-	PYTHONPATH=$(abspath $(ARM_DIR))/packages STELLA_KERNELS_ARM=$(ARM_DIR)/build/emulated_core \
+	PYTHONPATH=$(abspath $(ARM_DIR))/packages STELLA_ARM_PROGRAM=$(ARM_DIR)/build/emulated_core \
 	  $(BIN)/python -m pytest tests/arm $(PYTEST_ARGS)
 
 $(ARM_DIR)/stamp: Makefile $(VENV)/env.stamp

@@ -18,7 +18,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 MODES = ("auto", "none", "cpu", "cuda")
-MODE = os.environ.get("STELLA_KERNELS_BUILD", "auto")
+MODE = os.environ.get("STELLA_KERNELS_BUILD", "auto").lower() or "auto"
 OLDEST_TORCH = (2, 10)  # the first whose stable ABI has parallel_for
 
 
@@ -51,34 +51,53 @@ class CMakeBuild(build_ext):
             sys.exit("stella_kernels: STELLA_KERNELS_BUILD=cpu cannot be done:\n  - " + "\n  - ".join(missing))
         if missing:
             report_skipped("the CPU library", missing)
+            self.clear()
             return
         try:
             self.build()
-        except subprocess.CalledProcessError as error:
+        except (subprocess.CalledProcessError, OSError) as error:
             if MODE == "cpu":
                 sys.exit(
                     f"stella_kernels: STELLA_KERNELS_BUILD=cpu failed: {error}. The compiler's messages are above."
                 )
             report_skipped("the CPU library", [f"its build failed: {error}. The compiler's messages are above."])
+            self.clear()
+
+    def destination(self) -> Path:
+        """Where the libraries belong: in the source tree, or in the folder that a wheel is packed from."""
+        return ROOT / "stella_kernels" if self.inplace else Path(self.build_lib).resolve() / "stella_kernels"
+
+    def clear(self) -> None:
+        """Take libraries of an earlier build out of what a wheel is packed from: none, or all of this build."""
+        for path in () if self.inplace else self.destination().glob("*.so"):
+            path.unlink()
 
     def build(self) -> None:
         import pybind11
         import torch
 
-        package = ROOT / "stella_kernels" if self.inplace else Path(self.build_lib).resolve() / "stella_kernels"
-        package.mkdir(parents=True, exist_ok=True)
         folder = Path(self.build_temp).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
+        libraries = folder / "libraries"
+        shutil.rmtree(libraries, ignore_errors=True)  # of another Python, or of sources that are gone
+        libraries.mkdir(parents=True)
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DSTELLA_KERNELS_TORCH={Path(torch.__file__).parent}",
             f"-DSTELLA_KERNELS_TORCH_VERSION={torch.__version__}",
-            f"-DSTELLA_KERNELS_OUTPUT={package}",
+            f"-DSTELLA_KERNELS_OUTPUT={libraries}",
         ]  # fmt: skip
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(folder)], check=True)
+        # Only now that everything is there: half of the libraries would be half a package.
+        self.clear()
+        self.destination().mkdir(parents=True, exist_ok=True)
+        for library in libraries.iterdir():
+            # a new file beside the old one takes its name: a process that has the old one loaded keeps it
+            fresh = self.destination() / f"{library.name}.new"
+            shutil.copy2(library, fresh)
+            fresh.replace(self.destination() / library.name)
 
     def get_source_files(self) -> list[str]:
         return []

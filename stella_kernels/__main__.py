@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from .environment import VARIABLES
 from .operators import backends
 from .operators.signatures import OPERATORS
 from .verification.case_table import cases
@@ -66,9 +67,7 @@ def describe() -> dict[str, object]:
         "native build": build,
         "triton": _triton(),
         "gpus": gpus,
-        "environment": {
-            name: value for name, value in sorted(os.environ.items()) if name.startswith("STELLA_KERNELS_")
-        },
+        "environment": {name: os.environ[name] for name in VARIABLES if os.environ.get(name)},
         "backends": {
             b.name: "available" if b.available else f"not available: {b.why_not}" for b in backends.backends()
         },
@@ -97,9 +96,14 @@ def info(as_json: bool) -> int:
     assert isinstance(gpus, list)
     print(f"{'gpus':<16}{', '.join(gpus) or 'none that torch can use'}")
     print(f"{'native build':<16}{'none' if build is None else ''}".rstrip())
-    for section in (build, environment):
-        for key, value in section.items() if isinstance(section, dict) else ():
-            print(f"  {key:<24}{', '.join(value) if isinstance(value, list) else value}")
+    for key, value in build.items() if isinstance(build, dict) else ():
+        print(f"  {key:<24}{', '.join(value) if isinstance(value, list) else value}")
+    print("environment")
+    assert isinstance(environment, dict)
+    for key, variable in VARIABLES.items():
+        found = environment.get(key, f"not set ({variable.default})" if variable.default else "not set")
+        choices = f" ({' | '.join(variable.choices)})" if variable.choices else ""
+        print(f"  {key:<34}{found:<16}  {variable.meaning}{choices}")
     for title in ("backends", "operators"):
         print(title)
         section = facts[title]

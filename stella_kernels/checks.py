@@ -46,6 +46,8 @@ def check_float_tensor(argument: str, value: object) -> None:
     """Raise ``TypeError`` unless ``value`` is a tensor of a floating-point dtype the kernels take."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument}: found {type(value).__name__}, wanted a torch.Tensor.")
+    if value.dtype.is_complex:
+        raise TypeError(XX)
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"{argument}: found dtype {value.dtype}, wanted float32, float64, bfloat16 or float16; "

@@ -11,7 +11,10 @@ from torch.autograd import forward_ad
 
 from .checks import METHODS, check_choice, check_float_tensor, check_tall
 from .operators.autograd import StellaAdapterFunction, StellaLinearFunction
+from .operators.memory import overlaps_itself
+from .operators.polar_gradient import PolarFunction
 from .operators.status import INFO_COLUMNS
+from .reference.autocast import autocasts
 
 __all__ = ["join_adapters", "polar", "stella_adapter", "stella_linear"]
 
@@ -61,16 +64,6 @@ def _check_adapter(x: Tensor, U: Tensor, S: Tensor, Vt: Tensor, scale: float, dr
         raise ValueError(f"dropout_p: found {dropout_p}, wanted a probability in [0, 1].")
 
 
-def _overlaps_itself(value: Tensor) -> bool:
-    """Whether ``value`` was expanded: torch's own test before it writes in place."""
-    return any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True))
-
-
-def _autocasts(device: torch.device) -> bool:
-    """Whether autocast is on for ``device``; of one that has none (meta), torch would raise an error."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-
-
 def _check_base(x: Tensor, W: Tensor, b: Tensor | None, m: int, n: int) -> None:
     check_float_tensor("W", W)
     if W.dim() != 2 or W.shape[0] != m or W.shape[1] != n:
@@ -83,7 +76,7 @@ def _check_base(x: Tensor, W: Tensor, b: Tensor | None, m: int, n: int) -> None:
             raise ValueError(f"b: found shape {_shape(b)}, wanted ({m},), one for each row of W.")
         _check_same_device(x.device, {"b": b})
         tensors["b"] = b
-    if _autocasts(x.device):
+    if autocasts(x.device):
         return
     for argument, value in tensors.items():
         if value.dtype != x.dtype:
@@ -93,7 +86,13 @@ def _check_base(x: Tensor, W: Tensor, b: Tensor | None, m: int, n: int) -> None:
             )
 
 
-def _refuse_transforms(function: str) -> None:
+_BATCH_WITHOUT_VMAP = (
+    "x takes any leading dimensions, so batch without vmap, and use torch.autograd.grad, or the plain formula in "
+    "stella_kernels.reference.adapter"
+)
+
+
+def _refuse_transforms(function: str, instead: str = _BATCH_WITHOUT_VMAP) -> None:
     """torch.func's transforms go through an autograd function only where it has rules of its own for them.
 
     The compiler lets them through all the same, to gradients that are wrong.
@@ -101,8 +100,16 @@ def _refuse_transforms(function: str) -> None:
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
             f"{function}: called under a transform of torch.func (vmap, grad, jacrev, jvp), wanted eager or compiled "
-            "execution; x takes any leading dimensions, so batch without vmap, and use torch.autograd.grad, or the "
-            "plain formula in stella_kernels.reference.adapter."
+            f"execution; {instead}."
+        )
+
+
+def _refuse_compiled_forward_mode(function: str) -> None:
+    """A compiled graph of operators would drop their tangents, silently; the compiler guards on the level it read."""
+    if torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            f"{function}: compiled inside torch.autograd.forward_ad.dual_level, wanted reverse mode: forward-mode "
+            "differentiation is not implemented under torch.compile; call it outside torch.compile."
         )
 
 
@@ -152,11 +159,12 @@ def stella_linear(
     raises RuntimeError.
 
     Raises:
-        NotImplementedError: called under a transform of torch.func (vmap, grad, jvp), or in forward mode.
+        NotImplementedError: called under a transform of torch.func (vmap, grad, jvp), or in forward mode, compiled too.
         TypeError: an argument is not a floating-point tensor, or W or b differs from x in dtype outside autocast.
         ValueError: shapes that do not go together, r above m or n, devices that differ, dropout_p outside [0, 1].
     """
     _refuse_transforms("stella_linear")
+    _refuse_compiled_forward_mode("stella_linear")
     _check_adapter(x, U, S, Vt, scale, dropout_p)
     _check_base(x, W, b, U.shape[0], Vt.shape[1])
     p, seed = _dropout(x, dropout_p, training)
@@ -202,6 +210,7 @@ def stella_adapter(
             requires grad, or expanded, and may not be overwritten.
     """
     _refuse_transforms("stella_adapter")
+    _refuse_compiled_forward_mode("stella_adapter")
     _check_adapter(x, U, S, Vt, scale, dropout_p)
     check_float_tensor("y", y)
     wanted = (*x.shape[:-1], U.shape[0])
@@ -210,7 +219,7 @@ def stella_adapter(
     _check_same_device(x.device, {"y": y})
     if y.requires_grad and y.is_leaf and torch.is_grad_enabled():
         raise ValueError("y: found a leaf that requires grad, wanted the output of a layer; pass y.clone().")
-    if not torch.compiler.is_compiling() and _overlaps_itself(y):
+    if not torch.compiler.is_compiling() and overlaps_itself(y):
         raise ValueError(
             f"y: found strides {y.stride()} for shape {_shape(y)}, several elements in one place, wanted memory of its "
             "own for each; pass y.clone()."
@@ -263,9 +272,11 @@ def polar(M: Tensor, method: str = "auto", *, return_info: Literal[True]) -> tup
 def polar(M: Tensor, method: str = "auto", return_info: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """The orthogonal polar factor ``uf(M) = M (MᵀM)^(-1/2)`` of each matrix: the nearest with orthonormal columns.
 
-    Differentiable once: with H = symm(QᵀM), K = QᵀḠ, the gradient is ``(Ḡ − QK) H⁻¹ + Q L⁻¹(K − Kᵀ)``, where
-    L(Ω) = HΩ + ΩH (Higham, "Functions of Matrices", 2008, chapter 8). A rank-deficient M has a factor (one of many,
-    orthonormal all the same) but no gradient: that matrix's gradient is NaN throughout, and nothing is raised.
+    Differentiable once, in reverse and in forward mode and under torch.func's transforms (jvp is refused by
+    ``torch.compile``): with K = QᵀḠ, the gradient is ``(Ḡ − QK) H⁻¹ + Q L⁻¹(K − Kᵀ)``, where M = QH and L(Ω) = HΩ + ΩH
+    (Higham, "Functions of Matrices", 2008, chapter 8). A matrix whose condition number reaches 1/eps of the arithmetic
+    (8e6 in float32) has a factor (one of many where the rank is deficient, orthonormal all the same) but no gradient:
+    its gradient is NaN throughout, and nothing is raised.
 
     Args:
         M: (..., n, r) with n >= r, float32, float64, bfloat16 or float16 (the last two are computed in float32), on any
@@ -282,17 +293,22 @@ def polar(M: Tensor, method: str = "auto", return_info: bool = False) -> Tensor 
         TypeError: M is not a floating-point tensor.
         ValueError: M is not (..., n, r) with n >= r, or method is none of the three.
         RuntimeError: a matrix holds NaN or an infinity (the message names it), or a second derivative is asked for.
+        NotImplementedError: compiled by torch.compile under a transform of torch.func or in forward mode.
     """
     check_float_tensor("M", M)
     check_tall("M", M)
     check_choice("method", method, METHODS)
-    if forward_ad.unpack_dual(M).tangent is not None:  # torch would return a zero tangent for an operator, silently
-        raise NotImplementedError("polar: forward-mode differentiation is not implemented; use reverse mode.")
+    compiling = torch.compiler.is_compiling()
+    if compiling:
+        _refuse_transforms("polar", "call it outside torch.compile, where transforms work, or use torch.autograd.grad")
+        _refuse_compiled_forward_mode("polar")
     if M.numel() == 0:
         matrices = 1
         for size in M.shape[:-2]:
             matrices *= size
         Q, info = M.clone(), torch.zeros((matrices, INFO_COLUMNS), dtype=torch.float64, device="cpu")
-    else:
+    elif compiling:
         Q, info = torch.ops.stella_kernels.polar(M, method)
+    else:
+        Q, info = PolarFunction.apply(M, method)
     return (Q, info) if return_info else Q

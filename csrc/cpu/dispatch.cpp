@@ -1,7 +1,9 @@
 // The choice of the instruction set, once, at the first call.
-#include <cstdio>
+#include <cctype>
 #include <cstdlib>
-#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "common/kernels.h"
 
@@ -42,17 +44,26 @@ const Candidate kCandidates[] = {
     {"baseline", baseline::table, [] { return true; }},
 };
 
+std::vector<const char*> names_of(bool (*wanted)(const Candidate&)) {
+  std::vector<const char*> names;
+  for (const Candidate& candidate : kCandidates)
+    if (wanted(candidate)) names.push_back(candidate.name);
+  names.push_back(nullptr);
+  return names;
+}
+
+// The package has refused an unknown name while it was imported; this is for who sets one since.
 const IsaKernels& choose() {
-  const char* wanted = std::getenv("STELLA_KERNELS_ISA");
+  const char* set = std::getenv("STELLA_KERNELS_ISA");
+  std::string wanted = set ? set : "", here;
+  for (char& letter : wanted) letter = static_cast<char>(std::tolower(static_cast<unsigned char>(letter)));
   for (const Candidate& candidate : kCandidates) {
-    if (wanted && *wanted && std::strcmp(wanted, candidate.name) != 0) continue;
-    if (candidate.runs_here()) return candidate.table();
+    if (!candidate.runs_here()) continue;
+    if (wanted.empty() || wanted == candidate.name) return candidate.table();
+    here += (here.empty() ? "'" : ", '") + std::string(candidate.name) + "'";
   }
-  std::fprintf(stderr,
-               "stella_kernels: STELLA_KERNELS_ISA=%s is not in this build or not on this processor; "
-               "the baseline kernels serve.\n",
-               wanted);
-  return baseline::table();
+  throw std::runtime_error("STELLA_KERNELS_ISA: found '" + wanted + "', wanted one of " + here +
+                           ", which this processor has; unset it for the best of them.");
 }
 
 }  // namespace
@@ -63,15 +74,13 @@ const IsaKernels& kernels() {
 }
 
 const char* const* built_instruction_sets() {
-  static const char* const names[] = {
-#if defined(STELLA_HAVE_AVX512)
-      "avx512",
-#endif
-#if defined(STELLA_HAVE_AVX2)
-      "avx2",
-#endif
-      "baseline", nullptr};
-  return names;
+  static const std::vector<const char*> names = names_of([](const Candidate&) { return true; });
+  return names.data();
+}
+
+const char* const* instruction_sets_here() {
+  static const std::vector<const char*> names = names_of([](const Candidate& c) { return c.runs_here(); });
+  return names.data();
 }
 
 }  // namespace stella

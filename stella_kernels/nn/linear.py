@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import FLOAT_DTYPES, check_choice, check_finite_number, check_whole_number
+from ..reference.autocast import without_autocast
 from .adapted import Term, adapted_output, start_term
 from .factors import OwnFactor
 from .masters import check_stored, master_after_apply, start_fits
@@ -131,9 +132,10 @@ class StellaLinear(nn.Module):
             )
         wide = torch.promote_types(weight.dtype, self.U.dtype)
         core = self.S.diag() if self.S.dim() == 1 else self.S
-        merged = torch.addmm(weight.to(wide), (self.U @ core).to(wide), self.Vt.to(wide), alpha=self.scale)
-        if self.U0 is not None and self.Vt0 is not None:
-            merged.addmm_(self.U0.to(wide), self.Vt0.to(wide), alpha=-self.scale)
+        with without_autocast(weight.device):
+            merged = torch.addmm(weight.to(wide), (self.U @ core).to(wide), self.Vt.to(wide), alpha=self.scale)
+            if self.U0 is not None and self.Vt0 is not None:
+                merged.addmm_(self.U0.to(wide), self.Vt0.to(wide), alpha=-self.scale)
         return merged.to(weight.dtype)
 
     def own_stiefel_factors(self) -> Iterator[OwnFactor]:

@@ -1,4 +1,4 @@
-"""How gradients flow through the operators: the adapter's two autograd functions and the polar factor's gradient.
+"""How gradients flow through the adapter: its two autograd functions.
 
 The equations are those of ``reference/adapter.py``. Saved for backward are x, A (T, r), the factors, the dropout seed
 and the base weight, all but A alive already: never a mask, a dropped copy of x or anything of size (T, m).
@@ -6,8 +6,6 @@ and the base weight, all but A alive already: never a mask, a dropped copy of x 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,47 +14,9 @@ from torch import Tensor
 
 from . import registration as _registration  # noqa: F401  (defines the operators)
 from .base_product import accumulate_product, library_computes_in
+from .differentiable_once import Gradients, differentiable_once
 
 _kernels = torch.ops.stella_kernels
-
-_Gradients = tuple[Tensor | None, ...]
-
-_TWICE = (
-    "stella_kernels: a second derivative was asked for; the adapter and the polar factor are differentiable once. "
-    "Detach the first gradient, or write the formula in plain torch (stella_kernels.reference) where it is needed."
-)
-
-
-class _RefusesDerivatives(torch.autograd.Function):
-    """The first ``count`` tensors, as results of what follows them: whoever differentiates them by those is told."""
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> _Gradients:
-        return tuple(None if t is None else t.detach() for t in tensors[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> _Gradients:
-        raise RuntimeError(_TWICE)
-
-
-def _differentiable_once(backward: Callable[..., _Gradients]) -> Callable[..., _Gradients]:
-    """``backward(ctx, saved, *grads)``, whose results raise RuntimeError when they are differentiated in turn.
-
-    torch's own once_differentiable cuts the results off from the saved tensors, so that a second derivative by one of
-    them comes out as zero, silently. ``saved`` is ``ctx.saved_tensors``, which checkpointing lets one read once only.
-    """
-
-    @functools.wraps(backward)
-    def wrapper(ctx: Any, *grads: Tensor | None) -> _Gradients:
-        saved = ctx.saved_tensors
-        with torch.no_grad():
-            results = backward(ctx, saved, *grads)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # enabled in backward by create_graph=True
-            return results
-        raiser: Any = _RefusesDerivatives.apply
-        return raiser(len(results), *results, *grads, *saved)
-
-    return wrapper
 
 
 def _refuse_batched_gradients(grad_y: Tensor) -> None:
@@ -139,8 +99,8 @@ class StellaLinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @_differentiable_once
-    def backward(ctx: Any, saved: tuple[Any, ...], grad_y: Tensor) -> _Gradients:
+    @differentiable_once
+    def backward(ctx: Any, saved: tuple[Any, ...], grad_y: Tensor) -> Gradients:
         _refuse_batched_gradients(grad_y)
         x, W, A, U, S, Vt, seed = saved
         need_x, need_W, need_b, *need_factors = ctx.needs_input_grad[:6]
@@ -195,8 +155,8 @@ class StellaAdapterFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @_differentiable_once
-    def backward(ctx: Any, saved: tuple[Any, ...], grad_y: Tensor) -> _Gradients:
+    @differentiable_once
+    def backward(ctx: Any, saved: tuple[Any, ...], grad_y: Tensor) -> Gradients:
         _refuse_batched_gradients(grad_y)
         x, A, U, S, Vt, seed = saved
         need_y, need_x, *need_factors = ctx.needs_input_grad[:5]
@@ -209,39 +169,3 @@ class StellaAdapterFunction(torch.autograd.Function):
         if grad_x is not None:
             grad_x = grad_x.to(x.dtype).view(x.shape)
         return grad_y if need_y else None, grad_x, *factors, None, None, None, None
-
-
-def _polar_setup(ctx: Any, inputs: tuple[Tensor, str], output: tuple[Tensor, Tensor]) -> None:
-    Q, info = output
-    ctx.mark_non_differentiable(info)
-    ctx.save_for_backward(inputs[0], Q)
-
-
-@_differentiable_once
-def _polar_backward(
-    ctx: Any, saved: tuple[Tensor, ...], grad_Q: Tensor, _grad_info: Tensor | None
-) -> tuple[Tensor, None]:
-    """∇M = (Ḡ − Q K) H⁻¹ + Q L⁻¹(K − Kᵀ), with H = symm(QᵀM), K = QᵀḠ and L(Ω) = H Ω + Ω H.
-
-    From M = Q H: dM = dQ H + Q dH with Ω = QᵀdQ skew and dH symmetric, so the skew part of QᵀdM gives
-    L(Ω) = QᵀdM − dMᵀQ and the rest dQ = Q Ω + (I − QQᵀ) dM H⁻¹. L is self-adjoint and maps skew to skew; the adjoint of
-    M ↦ Q follows. In H's eigenbasis L divides entry (i, j) by hᵢ + hⱼ. Source: Higham, "Functions of Matrices" (2008),
-    chapter 8 (the polar decomposition, its derivative and conditioning). Where H is singular the gradient does not
-    exist: every entry is NaN.
-    """
-    M, Q = saved
-    wide = torch.float32 if M.dtype in (torch.bfloat16, torch.float16) else M.dtype
-    M, Q, grad = M.to(wide), Q.to(wide), grad_Q.to(wide)  # (..., n, r)
-    QtM = Q.mT @ M  # (..., r, r)
-    h, E = torch.linalg.eigh((QtM + QtM.mT) / 2)  # (..., r), (..., r, r)
-    K = Q.mT @ grad  # (..., r, r)
-    skew = E.mT @ (K - K.mT) @ E / (h.unsqueeze(-1) + h.unsqueeze(-2))
-    normal = (grad - Q @ K) @ E / h.unsqueeze(-2)  # (..., n, r)
-    grad_M = normal @ E.mT + Q @ (E @ skew @ E.mT)
-    # the eigenvalues of a computed H carry an error of about n eps of the largest: at or below that, H is singular
-    floor = h[..., -1:] * (M.shape[-2] * torch.finfo(wide).eps)
-    singular = (h[..., :1] <= floor).unsqueeze(-1)  # (..., 1, 1)
-    return torch.where(singular, torch.nan, grad_M).to(saved[0].dtype), None
-
-
-torch.library.register_autograd("stella_kernels::polar", _polar_backward, setup_context=_polar_setup)

@@ -1,8 +1,8 @@
 """Which backends are there on this machine, which one serves each operator, and why another does not.
 
-``STELLA_KERNELS_BACKEND`` chooses: ``auto`` (default: the native library for CPU tensors where it was built, Triton for
-those of a GPU where it is installed, else the reference), ``reference`` (pure PyTorch everywhere), ``cpu`` or
-``triton`` (as auto, but an error that says why where that one cannot serve).
+``STELLA_KERNELS_BACKEND`` chooses (``environment.py``): ``auto`` (default: the native library for CPU tensors where it
+was built, Triton for those of a GPU where it is installed, else the reference), ``reference`` (pure PyTorch
+everywhere), ``cpu`` or ``triton`` (as auto, but an error that says why where that one cannot serve).
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from types import ModuleType
 
 import torch
 
+from .. import environment
 from ..checks import BackendUnavailableError
 from .signatures import OPERATORS
-
-CHOICES = ("auto", "reference", "cpu", "triton")
 
 _LIBRARY = Path(__file__).parents[1] / "_cpu.so"
 
@@ -37,10 +36,7 @@ class Backend:
 
 def requested() -> str:
     """The backend that ``STELLA_KERNELS_BACKEND`` asks for."""
-    choice = os.environ.get("STELLA_KERNELS_BACKEND", "auto") or "auto"
-    if choice not in CHOICES:
-        raise ValueError(f"STELLA_KERNELS_BACKEND: found {choice!r}, wanted one of {', '.join(map(repr, CHOICES))}.")
-    return choice
+    return environment.value("STELLA_KERNELS_BACKEND")
 
 
 def triton_why_not() -> str:
@@ -53,7 +49,7 @@ def triton_why_not() -> str:
 
 def triton_missing() -> str:
     """What stands in the way of Triton's kernels, whatever the GPU."""
-    if os.environ.get("STELLA_KERNELS_BACKEND") == "reference":
+    if requested() == "reference":
         return "STELLA_KERNELS_BACKEND=reference asks for the reference"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; pip install triton"
@@ -61,6 +57,24 @@ def triton_missing() -> str:
     if sys.platform == "linux" and not any(map(shutil.which, filter(None, compilers))):
         return "Triton compiles its launchers with a C compiler, and there is none; install gcc, or set CC"
     return ""
+
+
+def build_info() -> ModuleType | None:
+    """The pybind11 module with build information and plans, or None where nothing native was built."""
+    try:
+        return importlib.import_module("stella_kernels._build_info")
+    except ImportError:
+        return None
+
+
+def _check_instruction_set() -> None:
+    """Raise ``ValueError`` where ``STELLA_KERNELS_ISA`` asks for kernels that are not built or cannot run here."""
+    wanted, native = environment.value("STELLA_KERNELS_ISA"), build_info()
+    if wanted and native is not None and wanted not in native.instruction_sets_here():
+        raise ValueError(
+            f"STELLA_KERNELS_ISA: found {wanted!r}, wanted {environment.one_of(native.instruction_sets_here())}, which "
+            f"this processor has (in this build: {', '.join(native.instruction_sets())}); unset it for the best."
+        )
 
 
 def _load_cpu_library() -> Backend:
@@ -76,6 +90,7 @@ def _load_cpu_library() -> Backend:
         )
     else:
         try:
+            _check_instruction_set()
             torch.ops.load_library(str(_LIBRARY))
             backend = Backend("cpu", True)
         except OSError as error:
@@ -88,6 +103,7 @@ def _load_cpu_library() -> Backend:
     return backend
 
 
+environment.check()
 _cpu = _load_cpu_library()
 
 
@@ -122,11 +138,3 @@ def passed_over(operator: str, device: str = "cpu") -> dict[str, str]:
         else:
             reasons[backend.name] = "it has no kernel for this operator"
     return reasons
-
-
-def build_info() -> ModuleType | None:
-    """The pybind11 module with build information and plans, or None where nothing native was built."""
-    try:
-        return importlib.import_module("stella_kernels._build_info")
-    except ImportError:
-        return None

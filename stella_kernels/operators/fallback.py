@@ -1,21 +1,22 @@
 """The reference as an implementation of every operator: what serves where no native kernel does.
 
 It is registered as ``CompositeExplicitAutograd``; a native library that is loaded takes over for its own dispatch key
-(``backends.py``). What a kernel does not take, it passes on to the function here.
+(``backends.py``). What a kernel does not take, it passes on to the function here, whose arguments it has checked.
+Nothing here is computed in autocast's dtype: an operator's dtypes are settled before it is called.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..reference import adamw, adapter, philox, stiefel
-from . import signatures
+from ..reference.autocast import without_autocast
+from . import arguments, signatures
 from .status import INFO_COLUMNS, PATH_SVD, STATUS_NON_FINITE, STATUS_OK, STATUS_OVERFLOW
 
 
@@ -33,9 +34,9 @@ def _residual(stored: Tensor) -> float:
 
 
 def polar(a: signatures.Polar) -> tuple[Tensor, Tensor]:
-    n, r = a.M.shape[-2:]
+    *leading, n, r = a.M.shape
     wide = a.M.to(_arithmetic_dtype(a.M.dtype))
-    batch = wide.reshape(-1, n, r)  # (B, n, r)
+    batch = wide.reshape(math.prod(leading), n, r)  # (B, n, r)
     finite = batch.isfinite().flatten(1).all(1) if batch.numel() else torch.ones(batch.shape[0], dtype=torch.bool)
     if not bool(finite.all()):
         index = int((~finite).nonzero()[0])
@@ -138,13 +139,6 @@ def stella_adamw_(a: signatures.StellaAdamWStep) -> Tensor:
     return _info(rows)
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast off inside an operator: its dtypes are settled already, and in-place products refuse a mixture."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
 _WIDENED_ROWS = 1024  # of activations in half precision that are float32 at one time
 
 
@@ -163,8 +157,7 @@ def _summed_over_rows(left: Tensor, right: Tensor) -> Tensor:
 def _dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     if p == 0.0:
         return x
-    if seed is None:
-        raise ValueError(f"seed: found None with dropout {p}, wanted an int64 scalar tensor.")
+    assert seed is not None  # arguments.py
     return torch.ops.stella_kernels.philox_dropout(x, p, seed)
 
 
@@ -176,7 +169,7 @@ def adapter_forward_(a: signatures.AdapterForward) -> Tensor:
     """No (T, m) temporary."""
     dtype = a.y.dtype
     U, S, Vt = a.U.to(dtype), a.S.to(dtype), a.Vt.to(dtype)
-    with _without_autocast(a.y.device):
+    with without_autocast(a.y.device):
         A = _dropped(a.x.to(dtype), a.p, a.seed) @ Vt.mT  # (T, r)
         P = adapter.times_core(A, S.mT if S.dim() == 2 else S)  # (T, r)
         a.y.addmm_(P, U.mT, alpha=a.scale)
@@ -194,7 +187,7 @@ def adapter_backward_(a: signatures.AdapterBackward) -> tuple[Tensor, Tensor, Te
     need_U, need_S, need_Vt = a.needed
     grad_U, grad_S, grad_Vt = a.U.new_empty(0), a.S.new_empty(0), a.Vt.new_empty(0)
     core = a.S.to(dtype)
-    with _without_autocast(a.grad_y.device):
+    with without_autocast(a.grad_y.device):
         if need_U:
             P = adapter.times_core(a.A, core.mT if core.dim() == 2 else core)  # (T, r)
             grad_U = _summed_over_rows(a.grad_y, P).mul_(a.scale).to(a.U.dtype)
@@ -227,8 +220,17 @@ _IMPLEMENTATIONS: dict[type[signatures.Signature], Callable[[Any], Any]] = {
     signatures.AdapterBackward: adapter_backward_,
 }
 
+
+def _checked(implementation: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def serve(a: signatures.Signature) -> Any:
+        arguments.check(a)
+        return implementation(a)
+
+    return serve
+
+
 # To be called as torch calls it, where a native kernel serves torch.ops.stella_kernels.
 REFERENCE: dict[str, Callable[..., Any]] = {
-    signature.name: signatures.positional(signature, implementation)
+    signature.name: signatures.positional(signature, _checked(implementation))
     for signature, implementation in _IMPLEMENTATIONS.items()
 }

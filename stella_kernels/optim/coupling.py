@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import StiefelFactor
+from ..reference.autocast import outside_autocast, without_autocast
 from . import targets
 
 # ‖K − ∇ᵀY‖ allowed, relative to ‖∇‖. An adapter computed in bfloat16 rounds P and Q, hence ∇ and ∂S, by 2⁻⁹ relative,
@@ -90,7 +91,8 @@ class Couplings:
                 chunk = adapters[start : start + _CHUNK]
                 S = torch.stack([core.detach() for core, _ in chunk])  # (B, r, r)
                 grad_S = torch.stack([core.grad for core, _ in chunk if core.grad is not None])
-                left, right = S @ grad_S.mT, S.mT @ grad_S
+                with without_autocast(S.device):
+                    left, right = S @ grad_S.mT, S.mT @ grad_S
                 finite = (left.isfinite() & right.isfinite()).flatten(1).all(1).tolist()
                 for b, (_, sides) in enumerate(chunk):
                     for index, is_left in sides if finite[b] else ():
@@ -118,6 +120,7 @@ def _why_not(factor: StiefelFactor, held: Collection[int]) -> str:
     return ""
 
 
+@outside_autocast
 def _disagrees(K: Tensor, view: Tensor, gradient: Tensor) -> bool:
     norm = float(torch.linalg.norm(gradient))
     if not math.isfinite(norm):

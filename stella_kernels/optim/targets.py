@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from ..checks import NonFiniteError, check_float_tensor
 from ..nn import StiefelFactor, stiefel_factors
+from ..operators.memory import overlaps_itself
 from ..reference import stiefel
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -168,6 +169,42 @@ def check_orthonormal(factors: Sequence[StiefelFactor]) -> None:
                 f"{tuple(view.shape)} in {factor.parameter.dtype}. Initialise it with orthonormal columns, or replace "
                 "it by its polar factor: `with torch.no_grad(): factor.view.copy_(stella_kernels.polar(factor.view))`."
             )
+
+
+def check_gradient(name: str, parameter: Tensor) -> Tensor:
+    """The gradient of ``parameter``, called ``name``, once it is known that it can be rewritten in place.
+
+    Raises ``RuntimeError``, before anything changes, for none at all; a sparse layout; another dtype, device or shape
+    than the parameter's; a negated or conjugate view; elements that share memory.
+    """
+    gradient = parameter.grad
+    if gradient is None:
+        raise RuntimeError(f"{name}: found no gradient, wanted one; call backward first, or leave the factor out.")
+    found = ""
+    if gradient.layout is not torch.strided:
+        found = f"of layout {gradient.layout}, wanted a dense one; compute it without sparse=True"
+    elif gradient.dtype != parameter.dtype or gradient.device != parameter.device:
+        found = (
+            f"of {gradient.dtype} on {gradient.device}, wanted {parameter.dtype} on {parameter.device}, as the factor "
+            "is; convert it, with p.grad.to(p), before the step"
+        )
+    elif gradient.shape != parameter.shape:
+        found = (
+            f"of shape {tuple(gradient.shape)}, wanted {tuple(parameter.shape)}, the factor's; zero the gradients "
+            "after replacing a parameter's data"
+        )
+    elif gradient.is_neg():
+        found = "that is a negated view, wanted a plain one; set p.grad = gradient.resolve_neg()"
+    elif gradient.is_conj():
+        found = "that is a conjugate view, wanted a plain one; set p.grad = gradient.resolve_conj()"
+    elif overlaps_itself(gradient):
+        found = (
+            f"of strides {gradient.stride()}, whose elements share memory, wanted one that can be rewritten in place; "
+            "set p.grad = gradient.contiguous()"
+        )
+    if found:
+        raise RuntimeError(f"{name}: found a gradient {found}.")
+    return gradient
 
 
 def check_held(optimizer: Optimizer, factors: Sequence[StiefelFactor]) -> None:

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from .. import functional
 from ..nn import OwnFactor, Term, adapted_output, init_factors, is_untouched, start_term
 from ..nn.masters import start_fits
+from ..reference.autocast import without_autocast
 from .config import StellaConfig
 from .factor import Factor, base_device_and_dtype, layer_features, master_dtype
 
@@ -256,10 +257,11 @@ class Linear(nn.Module, StellaLayer):
         the factors' dtype.
         """
         U, S, Vt = self.factors(adapter)
-        US = U * S if S.dim() == 1 else U @ S  # (m, r)
-        product = US @ Vt  # (m, n)
-        if (start := self.start(adapter)) is not None:
-            product = product - start[0] @ start[1]
+        with without_autocast(U.device):
+            US = U * S if S.dim() == 1 else U @ S  # (m, r)
+            product = US @ Vt  # (m, n)
+            if (start := self.start(adapter)) is not None:
+                product = product - start[0] @ start[1]
         delta = product * self.scaling[adapter]
         return delta.mT if self.fan_in_fan_out else delta
 

@@ -11,8 +11,10 @@ import math
 from torch import Tensor
 
 from . import stiefel
+from .autocast import outside_autocast
 
 
+@outside_autocast
 def adamw_move(
     Y: Tensor,
     gradient: Tensor,
@@ -49,6 +51,7 @@ def adamw_move(
     return -lr / (1 - beta1**step) / divisor * m / denominator, m, v
 
 
+@outside_autocast
 def riemannian_adamw_step(
     Y: Tensor,
     gradient: Tensor,

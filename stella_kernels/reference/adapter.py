@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import philox
+from .autocast import outside_autocast
 
 
 class AdapterGradients(NamedTuple):
@@ -22,6 +23,7 @@ class AdapterGradients(NamedTuple):
     Vt: Tensor
 
 
+@outside_autocast
 def times_core(rows: Tensor, S: Tensor) -> Tensor:
     """``rows @ S`` for (T, r) rows, where S is (r, r) or the (r,) diagonal."""
     return rows * S if S.dim() == 1 else rows @ S
@@ -36,6 +38,7 @@ def dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     return philox.dropout(x, p, seed)
 
 
+@outside_autocast
 def adapter_forward(
     x: Tensor, U: Tensor, S: Tensor, Vt: Tensor, scale: float, p: float = 0.0, seed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -45,6 +48,7 @@ def adapter_forward(
     return scale * (P @ U.mT), A
 
 
+@outside_autocast
 def adapter_backward(
     grad_y: Tensor,
     x: Tensor,

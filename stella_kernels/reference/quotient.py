@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..checks import check_choice
 from . import stiefel
+from .autocast import outside_autocast
 
 Triple: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
@@ -36,12 +37,14 @@ def _skew(M: Tensor) -> Tensor:
     return (M - M.mT) / 2
 
 
+@outside_autocast
 def metric(S: Tensor) -> tuple[Tensor, Tensor]:
     """``A = S Sᵀ + δ I`` and ``B = Sᵀ S + δ I``, both (..., r, r): what weighs moves of U, and of V."""
     damping = DAMPING * torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
     return S @ S.mT + damping, S.mT @ S + damping
 
 
+@outside_autocast
 def inner_product(S: Tensor, xi: Triple, eta: Triple) -> Tensor:
     """``g(ξ, η)`` at a point with this S, (...): R3MC's metric, damped (see above)."""
     parts = zip(metric(S), (xi[0], xi[2]), (eta[0], eta[2]), strict=True)
@@ -51,12 +54,14 @@ def inner_product(S: Tensor, xi: Triple, eta: Triple) -> Tensor:
     return total
 
 
+@outside_autocast
 def vertical(point: Triple, omega_U: Tensor, omega_V: Tensor) -> Triple:
     """``(U Ω, S Ω' − Ω S, V Ω')``: the velocity of moving along the fibre, for skew Ω, Ω' (..., r, r)."""
     U, S, V = point
     return U @ omega_U, S @ omega_V - omega_U @ S, V @ omega_V
 
 
+@outside_autocast
 def riemannian_gradient(point: Triple, gradient: Triple) -> Triple:
     """The Riemannian gradient in g, of a function with this Euclidean gradient (R3MC, equation 9).
 
@@ -68,6 +73,7 @@ def riemannian_gradient(point: Triple, gradient: Triple) -> Triple:
     return tangent_projection(point, (gradient[0] @ A_inverse, gradient[1], gradient[2] @ B_inverse))
 
 
+@outside_autocast
 def tangent_projection(point: Triple, delta: Triple) -> Triple:
     """The projection to the tangent space that is orthogonal in g: U Z A⁻¹ is taken away, and V Z' B⁻¹ (R3MC, eq. 5).
 
@@ -85,6 +91,7 @@ def tangent_projection(point: Triple, delta: Triple) -> Triple:
     return project(U, delta[0], P), delta[1], project(V, delta[2], Rt.mT)
 
 
+@outside_autocast
 def horizontal_projection(point: Triple, tangent: Triple) -> Triple:
     """The part of a tangent vector that is orthogonal in g to the fibre through ``point``.
 
@@ -108,6 +115,7 @@ def horizontal_projection(point: Triple, tangent: Triple) -> Triple:
     return tangent[0] - along[0], tangent[1] - along[1], tangent[2] - along[2]
 
 
+@outside_autocast
 def horizontal_move(point: Triple, moved: Triple, divisor_U: float, divisor_V: float) -> Triple:
     """The horizontal vector at ``point`` of a move to ``moved``, those of U and V first divided by their divisors."""
     delta = tuple(new - old for new, old in zip(moved, point, strict=True))
@@ -115,6 +123,7 @@ def horizontal_move(point: Triple, moved: Triple, divisor_U: float, divisor_V: f
     return horizontal_projection(point, tangent_projection(point, scaled))
 
 
+@outside_autocast
 def project_retract(
     point: Triple, moved: Triple, divisor_U: float, divisor_V: float, retraction: str = "polar"
 ) -> Triple:

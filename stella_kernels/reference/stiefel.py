@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice
+from .autocast import outside_autocast
 
 
 def symm(M: Tensor) -> Tensor:
@@ -21,6 +22,7 @@ def symm(M: Tensor) -> Tensor:
     return (M + M.mT) / 2
 
 
+@outside_autocast
 def riemannian_gradient(Y: Tensor, gradient: Tensor) -> Tensor:
     """Riemannian gradient ``∇ − Y ∇ᵀ Y`` of a function with Euclidean gradient ∇ at Y; both (..., n, r).
 
@@ -29,6 +31,7 @@ def riemannian_gradient(Y: Tensor, gradient: Tensor) -> Tensor:
     return gradient - Y @ (gradient.mT @ Y)
 
 
+@outside_autocast
 def tangent_projection(Y: Tensor, delta: Tensor) -> Tensor:
     """Orthogonal projection ``Δ − Y symm(YᵀΔ)`` of Δ to the tangent space at Y; both (..., n, r).
 
@@ -53,12 +56,14 @@ def gradient_scaling_divisor(n: int, hidden_size: float | None) -> float:
     return math.sqrt(n / hidden_size)
 
 
+@outside_autocast
 def orthonormality_error(Q: Tensor) -> Tensor:
     """Frobenius norm ``‖QᵀQ − I‖`` of each matrix: (..., n, r) gives (...)."""
     identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
     return torch.linalg.matrix_norm(Q.mT @ Q - identity)
 
 
+@outside_autocast
 def polar_factor(M: Tensor) -> Tensor:
     """Orthogonal polar factor ``uf(M) = M (MᵀM)^(-1/2)``, as ``P Rᵀ`` from the thin SVD ``M = P Σ Rᵀ``.
 
@@ -69,11 +74,13 @@ def polar_factor(M: Tensor) -> Tensor:
     return P @ Rt
 
 
+@outside_autocast
 def polar_retraction(Y: Tensor, delta: Tensor) -> Tensor:
     """Polar retraction ``uf(Y + Δ)``: second order (Absil, Mahony and Sepulchre 2008, example 4.1.3)."""
     return polar_factor(Y + delta)
 
 
+@outside_autocast
 def qr_retraction(Y: Tensor, delta: Tensor) -> Tensor:
     """QR retraction ``qf(Y + Δ)``, the Q of the QR with a positive diagonal (Absil et al. 2008, example 4.1.3)."""
     Q, R = torch.linalg.qr(Y + delta)
@@ -82,6 +89,7 @@ def qr_retraction(Y: Tensor, delta: Tensor) -> Tensor:
     return Q * sign.unsqueeze(-2)
 
 
+@outside_autocast
 def skew_exponential(X: Tensor) -> Tensor:
     """Matrix exponential of real skew-symmetric matrices (..., k, k), from the Hermitian eigenproblem of ``iX``."""
     # Not torch.linalg.matrix_exp: in float64 it is only good to 1e-11 for 1-norms of 0.02 to 0.05 (torch 2.13).
@@ -89,6 +97,7 @@ def skew_exponential(X: Tensor) -> Tensor:
     return ((V * torch.exp(-1j * eigenvalues).unsqueeze(-2)) @ V.mH).real
 
 
+@outside_autocast
 def exponential_map(Y: Tensor, delta: Tensor) -> Tensor:
     """End point ``Y M + Q N`` of the canonical geodesic that leaves Y with the tangent vector Δ.
 
@@ -111,6 +120,7 @@ def exponential_map(Y: Tensor, delta: Tensor) -> Tensor:
     return Y @ MN[..., :r, :] + Q @ MN[..., r:, :]
 
 
+@outside_autocast
 def cayley_retraction(Y: Tensor, delta: Tensor) -> Tensor:
     """Cayley retraction ``(I − W/2)⁻¹ (I + W/2) Y`` with ``W = P Δ Yᵀ − Y Δᵀ P`` and ``P = I − Y Yᵀ / 2``.
 
@@ -133,6 +143,7 @@ RETRACTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+@outside_autocast
 def project_retract(Y: Tensor, moved: Tensor, divisor: float, retraction: str = "polar") -> Tensor:
     """The factor after a step that took Y to ``moved``: scale, project to the tangent space at Y, retract.
 

@@ -18,12 +18,12 @@ from stella_kernels.verification.judge import check
 
 pytest.importorskip("unicorn", reason="make test-arm brings the emulator and a compiler for other processors")
 pytest.importorskip("ziglang")
-if "STELLA_KERNELS_ARM" not in os.environ:
-    pytest.skip("STELLA_KERNELS_ARM: wanted the program that make test-arm builds", allow_module_level=True)
+if "STELLA_ARM_PROGRAM" not in os.environ:
+    pytest.skip("STELLA_ARM_PROGRAM: wanted the program that make test-arm builds", allow_module_level=True)
 
 from tests.arm.operators import Arm64
 
-PROGRAM = Path(os.environ["STELLA_KERNELS_ARM"])
+PROGRAM = Path(os.environ["STELLA_ARM_PROGRAM"])
 CSRC = Path(__file__).parents[2] / "csrc" / "cpu"
 SOURCES = sorted(str(path.relative_to(CSRC)) for path in CSRC.rglob("*.cpp") if path.stem != "build_info")
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 # Bottom to top; those of one line do not know each other.
 ROOMS: dict[str, list[tuple[str, ...]]] = {
     "stella_kernels": [
-        ("version", "checks"),
+        ("version", "checks", "environment"),
         ("reference",),
         ("operators",),
         ("triton_kernels.launch",),

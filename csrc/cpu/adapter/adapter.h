@@ -14,8 +14,10 @@ constexpr int64_t kFewestColumns = 96, kMostColumns = 960;  // multiples of ever
 constexpr int64_t kBackwardColumns = 480;                   // a chunk's panel of activations stays in L2
 
 AdapterPlan adapter_plan(const AdapterShape& shape, bool backward) {
-  const int64_t bytes = shape.wide ? 8 : 4, r4 = round_up(shape.r, kTileRows);
-  const int64_t features = round_up(shape.m > shape.n ? shape.m : shape.n, kFewestColumns);
+  // A layer of rank 0, or without features, is planned as the smallest there is: nothing here may be zero.
+  const int64_t rank = shape.r > 1 ? shape.r : 1, most_features = shape.m > shape.n ? shape.m : shape.n;
+  const int64_t bytes = shape.wide ? 8 : 4, r4 = round_up(rank, kTileRows);
+  const int64_t features = round_up(most_features > 1 ? most_features : 1, kFewestColumns);
   int64_t columns = kFactorBytes / (bytes * r4) / kFewestColumns * kFewestColumns;
   const int64_t most = backward ? kBackwardColumns : kMostColumns;
   columns = columns > most ? most : columns < kFewestColumns ? kFewestColumns : columns;
@@ -26,7 +28,7 @@ AdapterPlan adapter_plan(const AdapterShape& shape, bool backward) {
   plan.leading = columns + 64 / bytes;
   plan.rows = kChunkRows;
   plan.block_elements = r4 * plan.leading;
-  plan.core_leading = round_up(shape.r, STELLA_VECTOR_BYTES / bytes);
+  plan.core_leading = round_up(rank, STELLA_VECTOR_BYTES / bytes);
   return plan;
 }
 

@@ -123,6 +123,8 @@ struct IsaKernels {
 const IsaKernels& kernels();
 
 // Names of the instruction sets in this build, best first, ended by nullptr.
+// Those in this build, best first, and of them those that run here; a null pointer ends each.
 const char* const* built_instruction_sets();
+const char* const* instruction_sets_here();
 
 }  // namespace stella

@@ -29,21 +29,6 @@ inline const Pool& pool() {
   return p;
 }
 
-inline Storage storage_of(const Tensor& t, const char* argument) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Storage::float32;
-    case ScalarType::Double:
-      return Storage::float64;
-    case ScalarType::BFloat16:
-      return Storage::bfloat16;
-    case ScalarType::Half:
-      return Storage::float16;
-    default:
-      STD_TORCH_CHECK(false, argument, ": wanted dtype float32, float64, bfloat16 or float16; convert it first.");
-  }
-}
-
 inline void* data_of(const Tensor& t) { return t.mutable_data_ptr(); }
 
 // A large result is fresh memory: faulting it in by 4 KiB pages takes longer than the kernel that fills it.

@@ -11,10 +11,10 @@ namespace py = pybind11;
 
 namespace {
 
-std::vector<std::string> instruction_sets() {
-  std::vector<std::string> names;
-  for (const char* const* name = stella::built_instruction_sets(); *name; ++name) names.emplace_back(*name);
-  return names;
+std::vector<std::string> listed(const char* const* names) {
+  std::vector<std::string> list;
+  for (; *names; ++names) list.emplace_back(*names);
+  return list;
 }
 
 stella::Storage storage_of(const std::string& dtype) {
@@ -43,7 +43,10 @@ PYBIND11_MODULE(_build_info, m) {
   m.doc() = "How stella_kernels' CPU library was built and what it chose on this machine.";
   m.attr("compiler") = STELLA_COMPILER;
   m.attr("torch_at_build") = STELLA_TORCH_VERSION;
-  m.def("instruction_sets", &instruction_sets, "Instruction sets in this build, best first.");
+  m.def(
+      "instruction_sets", [] { return listed(stella::built_instruction_sets()); }, "Those in this build, best first.");
+  m.def(
+      "instruction_sets_here", [] { return listed(stella::instruction_sets_here()); }, "Those of them that run here.");
   m.def("instruction_set", [] { return std::string(stella::kernels().name); }, "The one that serves here.");
   m.def("vector_bytes", [] { return stella::kernels().vector_bytes; }, "Bytes of a vector register of that set.");
   m.def("plan", &plan, py::arg("n"), py::arg("r"), py::arg("dtype") = "float32", py::arg("two_operands") = false,

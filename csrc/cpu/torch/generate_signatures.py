@@ -46,6 +46,7 @@ def header(definitions: Path) -> str:
     for signature in module.SIGNATURES:
         arguments = {name: _TYPES[kind] for name, kind in signature.arguments().items()}
         lines += ["", f"struct {signature.__name__} {{"]
+        lines += [f'  static constexpr const char* op = "{signature.name}";']
         lines += [f"  {kind} {name};" for name, kind in arguments.items()]
         lines += ["};", "", "template <auto kernel>", f"auto {signature.name}("]
         lines += [",\n".join(f"    {kind} {name}" for name, kind in arguments.items()) + ") {"]

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "signatures.h"
+#include "torch/arguments.h"
 #include "torch/bindings.h"
 
 namespace {
@@ -14,17 +15,11 @@ namespace signatures = stella::signatures;
 
 constexpr int64_t kInfoColumns = 5;
 
-stella::Method method_of(const std::string& name) {
+stella::Method method_of(const char* op, const std::string& name) {
   if (name == "auto") return stella::Method::automatic;
   if (name == "newton_schulz") return stella::Method::newton_schulz;
   if (name == "svd") return stella::Method::svd;
-  STD_TORCH_CHECK(false, "method: found '", name, "', wanted 'auto', 'newton_schulz' or 'svd'.");
-}
-
-stella::MatrixView matrix_of(const Tensor& t, const char* argument) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) >= t.size(1), argument,
-                  ": wanted (n, r) matrices with n >= r; a factor stored (r, n) is passed as its .mT view.");
-  return {data_of(t), t.size(0), t.size(1), t.stride(0), t.stride(1), storage_of(t, argument)};
+  STD_TORCH_CHECK(false, Argument{op, "method"}, "found '", name, "', wanted 'auto', 'newton_schulz' or 'svd'.");
 }
 
 Tensor info_of(const std::vector<stella::Outcome>& outcomes) {
@@ -42,21 +37,13 @@ Tensor info_of(const std::vector<stella::Outcome>& outcomes) {
   return info;
 }
 
-void check_pairs(size_t first, size_t second, const char* names) {
-  STD_TORCH_CHECK(first == second, names, ": found ", first, " and ", second, " tensors, wanted as many of each.");
-}
-
-void check_same(const Tensor& a, const Tensor& b, const char* names) {
-  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), names, ": wanted the same dtype in each pair.");
-  STD_TORCH_CHECK(a.dim() == b.dim() && a.size(0) == b.size(0) && a.size(1) == b.size(1), names,
-                  ": wanted the same shape in each pair.");
-}
-
 // An (r, r) tensor as float64, row-major.
-std::vector<double> square_of(const Tensor& t, int64_t r) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == r && t.size(1) == r, "couplings: wanted (r, r) tensors, or empty ones.");
+std::vector<double> square_of(const Tensor& t, const Argument& a, int64_t r) {
   const bool narrow = t.scalar_type() == ScalarType::Float;
-  STD_TORCH_CHECK(narrow || t.scalar_type() == ScalarType::Double, "couplings: wanted float32 or float64.");
+  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2 && t.size(0) == r && t.size(1) == r &&
+                      (narrow || t.scalar_type() == ScalarType::Double),
+                  a, "found ", shape_of(t), ", ", dtype_of(t), ", wanted (", r, ", ", r,
+                  "), float32 or float64 on the CPU, or an empty tensor.");
   std::vector<double> square(r * r);
   for (int64_t a = 0; a < r; ++a)
     for (int64_t b = 0; b < r; ++b) {
@@ -70,8 +57,11 @@ std::vector<double> square_of(const Tensor& t, int64_t r) {
 std::tuple<Tensor, Tensor> polar(const signatures::Polar& a) {
   const Tensor& M = a.M;
   const int64_t dims = M.dim();
-  STD_TORCH_CHECK(dims >= 2 && M.size(dims - 2) >= M.size(dims - 1), "M: wanted (..., n, r) with n >= r; pass M.mT.");
-  const stella::Storage storage = storage_of(M, "M");
+  const Argument argument = {a.op, "M"};
+  STD_TORCH_CHECK(dims >= 2 && M.size(dims - 2) >= M.size(dims - 1), argument, "found ", shape_of(M),
+                  ", wanted (..., n, r) with n >= r; pass a factor that is stored transposed as its .mT view.");
+  const stella::Storage storage = storage_of(M, argument);
+  const stella::Method method = method_of(a.op, a.method);
   // Read once: each is a call into torch.
   std::vector<int64_t> shape(dims), strides(dims), index(dims - 2, 0);
   int64_t batch = 1;
@@ -103,7 +93,7 @@ std::tuple<Tensor, Tensor> polar(const signatures::Polar& a) {
   const int64_t threads = pool().threads;
   if (col_stride == 1 && row_stride == r)
     for (int64_t b = 0; b + threads < batch; ++b) jobs[b].upcoming = jobs[b + threads].in.data;
-  const std::vector<stella::Outcome> outcomes = stella::polar(pool(), jobs, method_of(a.method));
+  const std::vector<stella::Outcome> outcomes = stella::polar(pool(), jobs, method);
   for (size_t b = 0; b < outcomes.size(); ++b) {
     STD_TORCH_CHECK(outcomes[b].status != stella::Status::non_finite, "polar: matrix ", b,
                     " of M holds NaN or an infinity; the orthogonal polar factor is not defined for it. "
@@ -116,59 +106,86 @@ std::tuple<Tensor, Tensor> polar(const signatures::Polar& a) {
 }
 
 Tensor riemannian_gradient_(const signatures::RiemannianGradient& a) {
-  check_pairs(a.gradients.size(), a.factors.size(), "gradients, factors");
-  if (!a.snapshots.empty()) check_pairs(a.factors.size(), a.snapshots.size(), "factors, snapshots");
+  const size_t count = a.factors.size();
+  check_counts({a.op, "gradients"}, a.gradients.size(), "factors", count);
+  if (!a.snapshots.empty()) check_counts({a.op, "snapshots"}, a.snapshots.size(), "factors", count);
+  Memory memory;
   std::vector<stella::GradientJob> jobs;
-  jobs.reserve(a.gradients.size());
-  for (size_t i = 0; i < a.gradients.size(); ++i) {
-    check_same(a.gradients[i], a.factors[i], "gradients, factors");
-    stella::GradientJob job = {matrix_of(a.gradients[i], "gradients"), matrix_of(a.factors[i], "factors"), {}};
+  jobs.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t at = static_cast<int64_t>(i);
+    const Argument factor = {a.op, "factors", at}, gradient = {a.op, "gradients", at}, copy = {a.op, "snapshots", at};
+    stella::GradientJob job = {{}, tall_matrix_of(a.factors[i], factor), {}};
+    check_alike(a.gradients[i], gradient, a.factors[i], factor);
+    job.gradient = matrix_of(a.gradients[i], gradient);
+    memory.written(job.gradient, gradient);
+    memory.read(job.factor, factor);
     if (!a.snapshots.empty()) {
-      check_same(a.factors[i], a.snapshots[i], "factors, snapshots");
-      job.snapshot = matrix_of(a.snapshots[i], "snapshots");
+      check_alike(a.snapshots[i], copy, a.factors[i], factor);
+      job.snapshot = matrix_of(a.snapshots[i], copy);
+      memory.written(job.snapshot, copy);
     }
     jobs.push_back(job);
   }
+  memory.check();
   return info_of(stella::riemannian_gradient(pool(), jobs));
 }
 
 Tensor project_retract_(const signatures::ProjectRetract& a) {
-  check_pairs(a.moved.size(), a.previous.size(), "moved, previous");
-  check_pairs(a.moved.size(), a.divisors.size(), "moved, divisors");
+  const size_t count = a.moved.size();
+  check_counts({a.op, "previous"}, a.previous.size(), "moved", count);
+  STD_TORCH_CHECK(a.divisors.size() == count, Argument{a.op, "divisors"}, "found ", a.divisors.size(), ", wanted ",
+                  count, ", one a factor.");
+  const stella::Method method = method_of(a.op, a.method);
+  Memory memory;
   std::vector<stella::RetractJob> jobs;
-  for (size_t i = 0; i < a.moved.size(); ++i) {
-    check_same(a.moved[i], a.previous[i], "moved, previous");
-    STD_TORCH_CHECK(a.divisors[i] > 0, "divisors: wanted positive numbers.");
-    jobs.push_back({matrix_of(a.moved[i], "moved"), matrix_of(a.previous[i], "previous"), a.divisors[i]});
+  jobs.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t at = static_cast<int64_t>(i);
+    const Argument moved = {a.op, "moved", at}, previous = {a.op, "previous", at};
+    STD_TORCH_CHECK(a.divisors[i] > 0 && a.divisors[i] < HUGE_VAL, Argument{a.op, "divisors", at}, "found ",
+                    a.divisors[i], ", wanted a positive number.");
+    const stella::MatrixView view = tall_matrix_of(a.moved[i], moved);
+    check_alike(a.previous[i], previous, a.moved[i], moved);
+    jobs.push_back({view, matrix_of(a.previous[i], previous), a.divisors[i]});
+    memory.written(view, moved);
+    memory.read(jobs.back().previous, previous);
   }
-  return info_of(stella::project_retract(pool(), jobs, method_of(a.method)));
+  memory.check();
+  return info_of(stella::project_retract(pool(), jobs, method));
 }
 
 Tensor stella_adamw_(const signatures::StellaAdamWStep& a) {
   constexpr int64_t kColumns = 7;
   const size_t count = a.factors.size();
-  check_pairs(count, a.gradients.size(), "factors, gradients");
-  check_pairs(count, a.exp_avgs.size(), "factors, exp_avgs");
-  check_pairs(count, a.exp_avg_sqs.size(), "factors, exp_avg_sqs");
-  check_pairs(count, a.couplings.size(), "factors, couplings");
-  STD_TORCH_CHECK(
-      a.hyperparameters.dim() == 2 && a.hyperparameters.size(0) == static_cast<int64_t>(count) &&
-          a.hyperparameters.size(1) == kColumns && a.hyperparameters.is_contiguous() &&
-          a.hyperparameters.scalar_type() == ScalarType::Double && a.hyperparameters.is_cpu(),
-      "hyperparameters: wanted a contiguous float64 CPU tensor of shape (factors, 7): learning rate, beta1, "
-      "beta2, epsilon, step, divisor, sign.");
-  const double* h = static_cast<const double*>(a.hyperparameters.const_data_ptr());
+  check_counts({a.op, "gradients"}, a.gradients.size(), "factors", count);
+  check_counts({a.op, "exp_avgs"}, a.exp_avgs.size(), "factors", count);
+  check_counts({a.op, "exp_avg_sqs"}, a.exp_avg_sqs.size(), "factors", count);
+  check_counts({a.op, "couplings"}, a.couplings.size(), "factors", count);
+  const Tensor& settings = a.hyperparameters;
+  STD_TORCH_CHECK(settings.is_cpu() && settings.dim() == 2 && settings.size(0) == static_cast<int64_t>(count) &&
+                      settings.size(1) == kColumns && settings.is_contiguous() &&
+                      settings.scalar_type() == ScalarType::Double,
+                  Argument{a.op, "hyperparameters"}, "found ", shape_of(settings), ", ", dtype_of(settings),
+                  ", wanted a contiguous float64 tensor on the CPU of shape (", count, ", ", kColumns,
+                  "): learning rate, beta1, beta2, epsilon, step, divisor, sign.");
+  const double* h = static_cast<const double*>(settings.const_data_ptr());
+  Memory memory;
   std::vector<std::vector<double>> known(count);
   std::vector<stella::AdamwJob> jobs;
   jobs.reserve(count);
   for (size_t i = 0; i < count; ++i, h += kColumns) {
-    check_same(a.factors[i], a.gradients[i], "factors, gradients");
-    check_same(a.factors[i], a.exp_avgs[i], "factors, exp_avgs");
-    check_same(a.factors[i], a.exp_avg_sqs[i], "factors, exp_avg_sqs");
-    stella::AdamwJob job = {matrix_of(a.factors[i], "factors"),
-                            matrix_of(a.gradients[i], "gradients"),
-                            matrix_of(a.exp_avgs[i], "exp_avgs"),
-                            matrix_of(a.exp_avg_sqs[i], "exp_avg_sqs"),
+    const int64_t at = static_cast<int64_t>(i);
+    const Argument factor = {a.op, "factors", at}, gradient = {a.op, "gradients", at}, exp_avg = {a.op, "exp_avgs", at},
+                   exp_avg_sq = {a.op, "exp_avg_sqs", at};
+    const stella::MatrixView view = tall_matrix_of(a.factors[i], factor);
+    check_alike(a.gradients[i], gradient, a.factors[i], factor);
+    check_alike(a.exp_avgs[i], exp_avg, a.factors[i], factor);
+    check_alike(a.exp_avg_sqs[i], exp_avg_sq, a.factors[i], factor);
+    stella::AdamwJob job = {view,
+                            matrix_of(a.gradients[i], gradient),
+                            matrix_of(a.exp_avgs[i], exp_avg),
+                            matrix_of(a.exp_avg_sqs[i], exp_avg_sq),
                             h[0],
                             h[1],
                             h[2],
@@ -178,13 +195,19 @@ Tensor stella_adamw_(const signatures::StellaAdamWStep& a) {
                             h[5],
                             h[6],
                             nullptr};
-    STD_TORCH_CHECK(job.divisor > 0 && h[4] >= 1, "hyperparameters: wanted positive divisors and steps from 1 on.");
+    STD_TORCH_CHECK(job.divisor > 0 && h[4] >= 1, Argument{a.op, "hyperparameters", at}, "found divisor ", h[5],
+                    " and step ", h[4], ", wanted a positive divisor, and steps from 1 on.");
     if (a.couplings[i].numel() > 0) {
-      known[i] = square_of(a.couplings[i], job.factor.r);
+      known[i] = square_of(a.couplings[i], {a.op, "couplings", at}, view.r);  // a copy, which nothing overwrites
       job.coupling = known[i].data();
     }
+    memory.written(view, factor);
+    memory.read(job.gradient, gradient);
+    memory.written(job.first_moment, exp_avg);
+    memory.written(job.second_moment, exp_avg_sq);
     jobs.push_back(job);
   }
+  memory.check();
   return info_of(stella::adamw(pool(), jobs));
 }
 

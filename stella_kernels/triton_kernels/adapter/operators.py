@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...operators import fallback, signatures
+from ...operators import arguments, fallback, signatures
 from ..launch import autotuning
 from ..launch.configuration import ELEMENTS, MAX_RANK, arithmetic, element
 from ..launch.device import on_device_of, target_backend
@@ -88,16 +88,14 @@ def _forward(layer: Layer, y: Tensor, x: Tensor, bias: Tensor | None, read: bool
 
 
 def adapter_forward_(a: signatures.AdapterForward) -> Tensor:
-    _check(a, a.x, y=a.y)
+    arguments.check(a)
     if not _takes(a.U, a.y, a.x, a.S, a.Vt):
         return fallback.adapter_forward_(a)
     return _forward(_layer(a, a.y.dtype), a.y, a.x, None, True)
 
 
 def adapter_product(a: signatures.AdapterProduct) -> tuple[Tensor, Tensor]:
-    _check(a, a.x)
-    if a.b is not None and a.b.shape != (a.U.shape[0],):
-        raise RuntimeError(f"adapter_product: b: found {tuple(a.b.shape)}, wanted ({a.U.shape[0]},), U's rows.")
+    arguments.check(a)
     if not _takes(a.U, a.x, a.S, a.Vt, *([] if a.b is None else [a.b])):
         return fallback.adapter_product(a)
     y = a.x.new_empty((a.x.shape[0], a.U.shape[0]))  # (T, m)
@@ -108,11 +106,8 @@ def adapter_product(a: signatures.AdapterProduct) -> tuple[Tensor, Tensor]:
 
 
 def adapter_backward_(a: signatures.AdapterBackward) -> tuple[Tensor, Tensor, Tensor]:
-    given = {} if a.grad_x is None else {"grad_x": a.grad_x}
-    _check(a, a.x, grad_y=a.grad_y, A=a.A, **given)
-    if len(a.needed) != 3:
-        raise RuntimeError(f"adapter_backward_: needed: found {len(a.needed)} flags, wanted three, for U, S and Vt.")
-    if not _takes(a.U, a.grad_y, a.x, a.A, a.S, a.Vt, *given.values()):
+    arguments.check(a)
+    if not _takes(a.U, a.grad_y, a.x, a.A, a.S, a.Vt, *([] if a.grad_x is None else [a.grad_x])):
         return fallback.adapter_backward_(a)
     layer = _layer(a, a.grad_y.dtype)
     with on_device_of(a.grad_y):
@@ -172,9 +167,9 @@ def _backward(
 
 def philox_dropout(a: signatures.PhiloxDropout) -> Tensor:
     x, p, seed = a.x, a.p, a.seed
-    if p == 0.0 or not x.numel() or x.dtype not in ELEMENTS:
+    arguments.check(a)
+    if p == 0.0 or not x.numel():
         return fallback.philox_dropout(a)
-    _check_dropout("philox_dropout", p, seed)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     rows = x.reshape(-1, x.shape[-1] if x.dim() else 1)  # (T, n)
     T, n = rows.shape
@@ -192,42 +187,11 @@ def philox_dropout(a: signatures.PhiloxDropout) -> Tensor:
     return out
 
 
-def _check_dropout(operator: str, p: float, seed: Tensor | None) -> None:
-    if not 0.0 <= p <= 1.0:
-        raise RuntimeError(f"{operator}: p: found {p}, wanted a probability in [0, 1].")
-    if p > 0.0 and (seed is None or seed.numel() != 1 or seed.dtype != torch.int64):
-        found = "None" if seed is None else f"{tuple(seed.shape)}, {seed.dtype}"
-        raise RuntimeError(f"{operator}: seed: found {found}, wanted an int64 scalar tensor beside a dropout.")
-
-
 _Adapter = signatures.AdapterForward | signatures.AdapterProduct | signatures.AdapterBackward
 
 
 def _layer(a: _Adapter, dtype: torch.dtype) -> Layer:
     return Layer(a.U, a.S, a.Vt, dtype, a.scale, a.p, a.seed)
-
-
-def _check(a: _Adapter, x: Tensor, **rows: Tensor) -> None:
-    """Raise RuntimeError, as the CPU kernels do, where the arguments do not belong together."""
-    operator, U, S, Vt = a.name, a.U, a.S, a.Vt
-    if U.dim() != 2 or Vt.dim() != 2 or x.dim() != 2:
-        raise RuntimeError(
-            f"{operator}: found U {tuple(U.shape)}, Vt {tuple(Vt.shape)} and x {tuple(x.shape)}, wanted matrices "
-            "(m, r), (r, n) and (T, n)."
-        )
-    (m, r), (T, n) = U.shape, x.shape
-    wanted = {"Vt": (r, n), "S": (r,) if S.dim() == 1 else (r, r)}
-    wanted |= {"y": (T, m), "grad_y": (T, m), "A": (T, r), "grad_x": (T, n)}
-    for name, tensor in {"S": S, "Vt": Vt, **rows}.items():
-        if tensor.shape != wanted[name]:
-            raise RuntimeError(
-                f"{operator}: {name}: found {tuple(tensor.shape)}, wanted {wanted[name]} beside U {tuple(U.shape)} "
-                f"and x {tuple(x.shape)}."
-            )
-    for name, tensor in {"U": U, "S": S, "Vt": Vt, **rows}.items():
-        if tensor.device != x.device:
-            raise RuntimeError(f"{operator}: {name}: found on {tensor.device}, wanted on x's device, {x.device}.")
-    _check_dropout(operator, a.p, a.seed)
 
 
 def _takes(U: Tensor, *others: Tensor) -> bool:

@@ -31,7 +31,7 @@ import triton
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from ...checks import check_choice
+from ... import environment
 from ...version import __version__
 from .device import capturing
 
@@ -47,14 +47,12 @@ _one_at_a_time = RLock()
 
 def enabled() -> bool:
     """Whether anything is measured: not with ``STELLA_KERNELS_AUTOTUNE=0``, nor where torch must be deterministic."""
-    wanted = os.environ.get("STELLA_KERNELS_AUTOTUNE", "1") or "1"
-    check_choice("STELLA_KERNELS_AUTOTUNE", wanted, ("0", "1"))
-    return wanted == "1" and not torch.are_deterministic_algorithms_enabled()
+    return environment.value("STELLA_KERNELS_AUTOTUNE") == "1" and not torch.are_deterministic_algorithms_enabled()
 
 
 def cache_folder() -> Path:
     """Where choices are kept: ``STELLA_KERNELS_CACHE``, else by the XDG base directory specification."""
-    if own := os.environ.get("STELLA_KERNELS_CACHE"):
+    if own := environment.value("STELLA_KERNELS_CACHE"):
         return Path(os.path.expanduser(own))
     shared = os.environ.get("XDG_CACHE_HOME", "")  # to be ignored where it is not absolute
     return Path(shared if os.path.isabs(shared) else os.path.expanduser("~/.cache")) / "stella_kernels"

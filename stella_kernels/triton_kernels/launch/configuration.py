@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from ...checks import check_choice
+from ... import environment
 
 MAX_RANK = 128
 
@@ -92,9 +91,6 @@ FUSION: dict[str, int] = {"enable_fp_fusion": True}
 GREEDY = {"maxnreg": 255}
 
 
-PRECISIONS = ("tf32x3", "ieee", "tf32")
-
-
 def precision(dtype: torch.dtype, backend: str, gradient: bool = False) -> str:
     """How float32 products are made: 'tf32x3' on NVIDIA, 'ieee' elsewhere (AMD has no tf32x3) and in float64.
 
@@ -102,7 +98,6 @@ def precision(dtype: torch.dtype, backend: str, gradient: bool = False) -> str:
     """
     if arithmetic(dtype) == torch.float64 or backend != "cuda":
         return "ieee"
-    if gradient and (chosen := os.environ.get("STELLA_KERNELS_GRADIENT_PRECISION")):
-        check_choice("STELLA_KERNELS_GRADIENT_PRECISION", chosen, PRECISIONS)
+    if gradient and (chosen := environment.value("STELLA_KERNELS_GRADIENT_PRECISION")):
         return chosen
     return "tf32x3"

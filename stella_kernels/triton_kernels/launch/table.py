@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,13 +67,17 @@ def _identity(tensor: Tensor) -> tuple[object, ...]:
 
 
 def table_of(
-    columns: Sequence[Sequence[Tensor]], couplings: Sequence[Tensor] | None = None, steps: bool = False
+    columns: Sequence[Sequence[Tensor]],
+    couplings: Sequence[Tensor] | None = None,
+    steps: bool = False,
+    new: Callable[[], None] | None = None,
 ) -> Table:
     """The table of k factors, ``columns[j][i]`` the j-th tensor of factor i, each an (n, r) view of one dtype.
 
     Built once for the same memory: a step whose tensors stay where they are, and a captured CUDA graph, copy nothing.
     Gradients that ``zero_grad`` frees usually come back where they were; where not, the host builds another, some ms.
-    ``steps`` adds float32 scratch of the factors' size as the fifth tensor.
+    ``steps`` adds float32 scratch of the factors' size as the fifth tensor. ``new`` is called, and may raise, before a
+    table is made of memory that was not met before.
     """
     factors = columns[0]
     first = factors[0]
@@ -89,6 +93,8 @@ def table_of(
     )
     known = _tables.get(key)
     if known is None:
+        if new is not None:
+            new()
         known = _tables[key] = _build(columns, couplings, steps, R, tiles)
         if len(_tables) > _KEPT:
             _tables.popitem(last=False)

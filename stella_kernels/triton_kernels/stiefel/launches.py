@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...operators import signatures
+from ...operators import arguments, signatures
 from ...operators.status import INFO_COLUMNS
 from ..launch.configuration import FUSION, arithmetic, element, precision
 from ..launch.device import capturing, keep_for_graphs, on_device_of, target_arch, target_backend
@@ -129,7 +129,9 @@ def _to_device(settings: Tensor, device: torch.device) -> Tensor:
 
 def riemannian_gradient_(a: signatures.RiemannianGradient) -> Tensor:
     """∇ ← ∇ − Y ∇ᵀ Y in place: three launches; ``info`` stays on the device."""
-    table = table_of([a.gradients, a.factors, *([a.snapshots] if a.snapshots else [])])
+    table = table_of(
+        [a.gradients, a.factors, *([a.snapshots] if a.snapshots else [])], new=lambda: arguments.check_memory(a)
+    )
     with on_device_of(a.gradients[0]):
         info = _new_info(table)
         couplings, state, refused = _couple(table, None, info)
@@ -159,7 +161,7 @@ def _settings_of(divisors: Sequence[float], device: torch.device) -> Tensor:
 
 def project_retract_(a: signatures.ProjectRetract) -> Tensor:
     """Scale, project, retract in place: three launches; ``info`` stays on the device."""
-    table = table_of([a.moved, a.previous])
+    table = table_of([a.moved, a.previous], new=lambda: arguments.check_memory(a))
     with on_device_of(a.moved[0]):
         info = _new_info(table)
         state = table.scratch(table.factors, dtype=torch.int32)
@@ -171,7 +173,9 @@ def stella_adamw_(a: signatures.StellaAdamWStep) -> Tensor:
     """The whole step: five launches, six past rank 64; ``info`` stays on the device."""
     # Moments of half the width are rounded when stored: the steps that the Gram blocks saw are kept beside them.
     steps = a.factors[0].dtype in (torch.bfloat16, torch.float16)
-    table = table_of([a.factors, a.gradients, a.exp_avgs, a.exp_avg_sqs], a.couplings, steps)
+    table = table_of(
+        [a.factors, a.gradients, a.exp_avgs, a.exp_avg_sqs], a.couplings, steps, lambda: arguments.check_memory(a)
+    )
     with on_device_of(a.factors[0]):
         info = _new_info(table)
         settings = _to_device(a.hyperparameters, table.device)

@@ -13,51 +13,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ...operators import fallback, signatures
+from ...operators import arguments, fallback, signatures
 from ...operators.status import INFO_COLUMNS, STATUS_NON_FINITE, STATUS_NOT_CONVERGED
-from ..launch.configuration import ELEMENTS, MAX_RANK
+from ..launch.configuration import MAX_RANK
 from . import launches
-from .moves import SETTINGS
-
-METHODS = ("auto", "newton_schulz", "svd")
-
-
-def _check_lists(operator: str, **lists: Sequence[Tensor]) -> None:
-    """Raise RuntimeError, as the CPU kernels do, where the lists do not belong together."""
-    (name, first), *rest = lists.items()
-    for other, tensors in rest:
-        if len(tensors) != len(first):
-            raise RuntimeError(
-                f"{operator}: found {len(first)} and {len(tensors)} tensors in {name} and {other}, wanted as many "
-                "of each."
-            )
-    for i, tensor in enumerate(first):
-        _check_factor(operator, f"{name}[{i}]", tensor)
-        for other, tensors in rest:
-            value = tensors[i]
-            if (value.shape, value.dtype, value.device) != (tensor.shape, tensor.dtype, tensor.device):
-                raise RuntimeError(
-                    f"{operator}: {other}[{i}]: found {tuple(value.shape)}, {value.dtype} on {value.device}, wanted "
-                    f"the same shape, the same dtype and the same device as {name}[{i}]: {tuple(tensor.shape)}, "
-                    f"{tensor.dtype} on {tensor.device}."
-                )
-
-
-def _check_factor(operator: str, name: str, tensor: Tensor) -> None:
-    if tensor.dim() != 2 or tensor.shape[0] < tensor.shape[1]:
-        raise RuntimeError(
-            f"{operator}: {name}: found {tuple(tensor.shape)}, wanted (n, r) with n >= r; pass a factor that is stored "
-            "transposed as its .mT view."
-        )
-    if tensor.dtype not in ELEMENTS:
-        raise RuntimeError(
-            f"{operator}: {name}: found {tensor.dtype}, wanted float32, float64, bfloat16 or float16; convert it."
-        )
-
-
-def _check_method(operator: str, method: str) -> None:
-    if method not in METHODS:
-        raise RuntimeError(f"{operator}: method: found {method!r}, wanted one of {', '.join(map(repr, METHODS))}.")
 
 
 def _groups(factors: Sequence[Tensor]) -> list[list[int]]:
@@ -82,11 +41,15 @@ def _selected(a: S, at: list[int]) -> S:
     return type(a)(**{name: [v[i] for i in at] if isinstance(v, list) and v else v for name, v in values.items()})
 
 
-def _of_groups(factors: Sequence[Tensor], call: Callable[[list[int]], Tensor]) -> Tensor:
-    """Rows of ``info`` of all factors from those of each group; those of one group alone are not copied."""
+def _of_groups(a: signatures.Signature, factors: Sequence[Tensor], call: Callable[[list[int]], Tensor]) -> Tensor:
+    """Rows of ``info`` of all factors from those of each group; those of one group alone are not copied.
+
+    Where the memory of one group lies is checked as its table of addresses is made, not at every step.
+    """
     groups = _groups(factors)
     if len(groups) == 1 and len(groups[0]) == len(factors):
         return call(groups[0])
+    arguments.check_memory(a)
     device = factors[0].device if factors else None
     info = torch.zeros(len(factors), INFO_COLUMNS, dtype=torch.float64, device=device)
     for group in groups:
@@ -95,30 +58,26 @@ def _of_groups(factors: Sequence[Tensor], call: Callable[[list[int]], Tensor]) -
 
 
 def riemannian_gradient_(a: signatures.RiemannianGradient) -> Tensor:
-    lists = {"gradients": a.gradients, "factors": a.factors}
-    if a.snapshots:
-        lists["snapshots"] = a.snapshots
-    _check_lists(a.name, **lists)
+    arguments.check_values(a)
     # A gradient that is not finite stops them all, so that two kinds of factors cannot be two calls of the kernels.
     if not _takes(a.factors) or len(_groups(a.factors)) > 1:
+        arguments.check_memory(a)
         return _on_device_of(a.factors, fallback.riemannian_gradient_(a))
-    return _of_groups(a.factors, lambda at: launches.riemannian_gradient_(_selected(a, at)))
+    return _of_groups(a, a.factors, lambda at: launches.riemannian_gradient_(_selected(a, at)))
 
 
 def project_retract_(a: signatures.ProjectRetract) -> Tensor:
-    _check_method(a.name, a.method)
-    _check_lists(a.name, moved=a.moved, previous=a.previous)
-    if len(a.divisors) != len(a.moved) or not all(0.0 < d < float("inf") for d in a.divisors):
-        raise RuntimeError(f"project_retract_: divisors: wanted positive numbers, one a factor, found {a.divisors}.")
+    arguments.check_values(a)
     if a.method == "svd" or not _takes(a.moved):
+        arguments.check_memory(a)
         return _on_device_of(a.moved, fallback.project_retract_(a))
-    return _of_groups(a.moved, lambda at: launches.project_retract_(_selected(a, at)))
+    return _of_groups(a, a.moved, lambda at: launches.project_retract_(_selected(a, at)))
 
 
 def stella_adamw_(a: signatures.StellaAdamWStep) -> Tensor:
-    _check_lists(a.name, factors=a.factors, gradients=a.gradients, exp_avgs=a.exp_avgs, exp_avg_sqs=a.exp_avg_sqs)
-    _check_settings(a.factors, a.couplings, a.hyperparameters)
+    arguments.check_values(a)
     if not _takes(a.factors) or len(_groups(a.factors)) > 1:
+        arguments.check_memory(a)
         return _on_device_of(a.factors, fallback.stella_adamw_(a))
 
     def call(at: list[int]) -> Tensor:
@@ -127,33 +86,13 @@ def stella_adamw_(a: signatures.StellaAdamWStep) -> Tensor:
             some = dataclasses.replace(some, hyperparameters=a.hyperparameters[at])
         return launches.stella_adamw_(some)
 
-    return _of_groups(a.factors, call)
-
-
-def _check_settings(factors: list[Tensor], couplings: list[Tensor], hyperparameters: Tensor) -> None:
-    wanted = (len(factors), SETTINGS)
-    if len(couplings) != len(factors):
-        raise RuntimeError(f"stella_adamw_: couplings: found {len(couplings)}, wanted {len(factors)}, one a factor.")
-    if tuple(hyperparameters.shape) != wanted or hyperparameters.dtype != torch.float64:
-        raise RuntimeError(
-            f"stella_adamw_: hyperparameters: found {tuple(hyperparameters.shape)}, {hyperparameters.dtype}, wanted "
-            f"{wanted}, float64."
-        )
-    for i, (K, Y) in enumerate(zip(couplings, factors, strict=True)):
-        square = (Y.shape[1], Y.shape[1])
-        right = tuple(K.shape) == square and K.dtype in (torch.float32, torch.float64) and K.device == Y.device
-        if K.numel() and not right:
-            raise RuntimeError(
-                f"stella_adamw_: couplings[{i}]: found {tuple(K.shape)}, {K.dtype} on {K.device}, wanted {square}, "
-                f"float32 or float64 on {Y.device}, or an empty tensor."
-            )
+    return _of_groups(a, a.factors, call)
 
 
 def polar(a: signatures.Polar) -> tuple[Tensor, Tensor]:
     """Waits for the device."""
     M, method = a.M, a.method
-    _check_method("polar", method)
-    _check_factor("polar", "M", M.reshape(-1, *M.shape[-2:])[0] if M.numel() else M.new_empty(M.shape[-2:]))
+    arguments.check_values(a)
     n, r = M.shape[-2:]
     if method == "svd" or r > MAX_RANK or not M.numel():
         return fallback.polar(a)
