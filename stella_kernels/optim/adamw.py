@@ -116,6 +116,7 @@ class StellaAdamW(AdamW):
         target: Any = model if factors is None else factors
         found = targets.resolve_factors(target)
         targets.check_shapes(found)
+        targets.check_masters(found)
         self._hidden_size: float | None = None
         if grad_scaling is True:
             self._hidden_size = targets.hidden_size_of(target if model is None else model)

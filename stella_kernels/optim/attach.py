@@ -85,6 +85,7 @@ def attach(
     elif grad_scaling is not False:
         hidden_size = targets.check_hidden_size("grad_scaling", grad_scaling)
     targets.check_shapes(factors)
+    targets.check_masters(factors)
     products = find_products(factors) if geometry == "quotient" else []
     targets.check_held(optimizer, [*factors, *(StiefelFactor(p.core, False, p.core_name) for p in products)])
     attached = {id(f.parameter) for one in optimizers for a in attachments_of(one) for f in a.factors}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import NonFiniteError, OffManifoldError, check_choice
-from ..nn import StiefelFactor
+from ..nn import StiefelFactor, orthonormality_tolerance
 from ..reference import stiefel
 from . import targets
 
@@ -60,7 +60,7 @@ class Guard:
     def watch(self, factors: Iterable[StiefelFactor]) -> None:
         """From now on these too, which were just found to be orthonormal."""
         for factor in factors:
-            mark = self._as_it_is(factor, targets.orthonormality_tolerance(factor))
+            mark = self._as_it_is(factor, orthonormality_tolerance(factor))
             self._marks[id(factor.parameter)] = mark
 
     def watches(self, factor: StiefelFactor) -> bool:
@@ -92,6 +92,7 @@ class Guard:
                     f"{tuple(shape)}: something took its memory away, as an offload does. Bring it back first.",
                     [factor.name],
                 )
+        targets.check_masters(touched)
         self.judge(touched, [distance(f) for f in touched], "Nothing was changed by this step")
         for factor in touched:
             mark = self._marks[id(factor.parameter)]

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..checks import NonFiniteError, check_float_tensor
-from ..nn import StiefelFactor, stiefel_factors
+from ..nn import (
+    StiefelFactor,
+    lost_masters,
+    missing_factors_advice,
+    orthonormality_tolerance,
+    stiefel_factors,
+)
 from ..operators.memory import overlaps_itself
 from ..reference import stiefel
 
@@ -26,7 +32,7 @@ def resolve_factors(target: nn.Module | Iterable[StiefelFactor | nn.Parameter]) 
         if not factors:
             raise ValueError(
                 f"target: {type(target).__name__} has no trainable Stiefel factors, wanted a model with StelLA "
-                "adapters. Add them first (StellaLinear, or get_peft_model with a StellaConfig), or pass the factors."
+                f"adapters; {missing_factors_advice(target)}, or pass the factors."
             )
         return factors
     if isinstance(target, Tensor | StiefelFactor) or not isinstance(target, Iterable):
@@ -65,19 +71,6 @@ def _as_factor(index: int, item: StiefelFactor | nn.Parameter) -> StiefelFactor:
     return StiefelFactor(item, False, name)
 
 
-def orthonormality_tolerance(factor: StiefelFactor) -> float:
-    """The ``‖QᵀQ − I‖`` in Frobenius norm that an orthonormal factor of this shape and dtype may have.
-
-    Rounding Q to its dtype with relative error eps/2 moves QᵀQ by at most ``2 (eps/2) ‖Q‖₂ ‖Q‖ = eps sqrt(r)``. The
-    arithmetic that made it, float32 for the half dtypes, leaves each of the r columns off by some sqrt(n) eps.
-    Both are allowed several times over: the check is for factors that were never orthonormal.
-    """
-    n, r = factor.view.shape
-    dtype = factor.parameter.dtype
-    arithmetic = torch.float32 if dtype in HALF_DTYPES else dtype
-    return 2 * torch.finfo(dtype).eps * math.sqrt(r) + 8 * torch.finfo(arithmetic).eps * math.sqrt(n * r)
-
-
 def check_shapes(factors: Sequence[StiefelFactor]) -> None:
     """Raise ``TypeError`` or ``ValueError`` unless every factor is a dense floating-point matrix, tall as viewed."""
     for factor in factors:
@@ -106,25 +99,6 @@ def check_shapes(factors: Sequence[StiefelFactor]) -> None:
             )
 
 
-def check_gradient(name: str, parameter: Tensor) -> Tensor:
-    """The gradient of ``parameter``, detached; ``RuntimeError`` where a step cannot take it."""
-    gradient = parameter.grad
-    assert gradient is not None
-    if gradient.layout is not torch.strided:
-        raise RuntimeError(
-            f"{name}: found a gradient of layout {gradient.layout}, wanted a dense one; compute the "
-            "factor's gradient without sparse=True."
-        )
-    if not gradient.is_contiguous() and any(
-        step == 0 and size > 1 for size, step in zip(gradient.shape, gradient.stride(), strict=True)
-    ):
-        raise RuntimeError(
-            f"{name}: found a gradient of strides {gradient.stride()}, whose elements share memory, wanted "
-            "one that can be rewritten in place; set p.grad = gradient.contiguous()."
-        )
-    return gradient.detach()
-
-
 def non_finite(tensors: Sequence[Tensor]) -> list[int]:
     """Places of those that hold NaN or an infinity; few operations where none does."""
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
@@ -148,6 +122,19 @@ def check_finite_cores(factors: Sequence[StiefelFactor]) -> None:
             f"the gradient of the S beside {', '.join(bad)} holds NaN or an infinity, found before the optimizer moved "
             "anything. Zero the gradients and look at the loss of this batch.",
             bad,
+        )
+
+
+def check_masters(factors: Sequence[StiefelFactor]) -> None:
+    """Raise ``ValueError`` for factors in a narrower dtype than the one their module promised to keep them in."""
+    if lost := set(lost_masters(factors)):
+        first = next(f for f in factors if f.name in lost)
+        raise ValueError(
+            f"{', '.join(f.name for f in factors if f.name in lost)}: found {first.parameter.dtype}, wanted "
+            f"{first.master}, which they were made in: something cast the trainable parameters by .data, as TRL does "
+            "for quantized models, and in half precision most updates round to nothing. Call "
+            "stella_kernels.nn.restore_masters(model) after that cast and before training; model.to(dtype) is a "
+            "choice and is respected."
         )
 
 
