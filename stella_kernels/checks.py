@@ -39,7 +39,7 @@ def check_float_tensor(argument: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument}: found {type(value).__name__}, wanted a torch.Tensor.")
     if value.dtype.is_complex:
-        raise TypeError(XX)
+        raise TypeError(f"{argument}: found dtype {value.dtype}, wanted a real one: complex factors are not supported.")
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"{argument}: found dtype {value.dtype}, wanted float32, float64, bfloat16 or float16; "
