@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -24,11 +27,13 @@ ADAMW_BYTES = 28  # an element: read Y, ∇, m, v, write Y, m, v
 WANTED_OVER_ADAMW = {8: 2.5, 16: 4.0, 32: 7.0}  # r: at most so many times AdamW (fused)
 WANTED_UNDER_PUBLISHED = {8: 10.0, 16: 15.0, 32: 7.0}  # r: at least so many times faster
 WANTED_EXTRA_MEMORY = 0.05  # of the factors' size, at most
+WANTED_GUARD = {8: 0.02, 32: 0.02}  # of the step, at most
 
 FORMULA = (
     f"floor of a step: {ADAMW_BYTES} bytes an element over the copy bandwidth (AdamW's own) plus 12 r flops an element "
     "over the peak product: ∇ᵀY 2r, Y K 2r, the Gram of [Y, Δ] half of 8r, the update 4r.\n"
-    "roofline: the larger of the two instead of their sum, as if memory and arithmetic overlapped without loss."
+    "roofline: the larger of the two instead of their sum, as if memory and arithmetic overlapped without loss.\n"
+    "guard: of StellaAdamW's step, the time in which it asks who moved a factor (optim/guard.py, optim/roster.py)."
 )
 
 
@@ -39,6 +44,7 @@ class Row(FactorsRow):
     ours = "stella_adamw"
     bytes_per_element = ADAMW_BYTES
 
+    guard: float  # part of StellaAdamW's step
     memory_layers: int
     extra_bytes: dict[str, int]  # empty where it was not measured
 
@@ -65,13 +71,36 @@ class Row(FactorsRow):
             "samples": self.samples,
             "ratio_to_adamw": {name: self.over_adamw(name) for name in self.samples},
             "published_over_stella_adamw": self.under_published,
+            "guard": self.guard,
             "memory_layers": self.memory_layers,
             "extra_bytes": self.extra_bytes,
         }
 
 
-def _timed(layers: int, r: int, seconds: float, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each optimizer's steps, on copies of the same factors and gradients."""
+class _Stopwatch:
+    """The seconds that each step spends in some methods of some objects, those inside one another once."""
+
+    def __init__(self, *methods: tuple[Any, str]) -> None:
+        self.spent, self._inside = 0.0, False
+        for owner, name in methods:
+            setattr(owner, name, self._timed(getattr(owner, name)))
+
+    def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            if self._inside:
+                return method(*arguments, **named)
+            self._inside, start = True, perf_counter()
+            try:
+                return method(*arguments, **named)
+            finally:
+                self.spent += perf_counter() - start
+                self._inside = False
+
+        return call
+
+
+def _timed(layers: int, r: int, seconds: float, device: torch.device) -> tuple[dict[str, list[float]], float]:
+    """Seconds of each optimizer's steps, on copies of the same factors and gradients, and the guard's part of ours."""
     factors = llama_factors(layers, r, torch.Generator().manual_seed(r), device)
     gradients = [f.parameter.grad for f in factors]
     owned = {name: copies(factors) for name in OPTIMIZERS}
@@ -81,24 +110,36 @@ def _timed(layers: int, r: int, seconds: float, device: torch.device) -> dict[st
         if name in owned:  # attach and the published hooks rewrite the gradients
             torch._foreach_copy_([f.parameter.grad for f in owned[name]], gradients)
 
-    steps = {name: optimizer.step for name, optimizer in optimizers.items()}
-    return interleaved_samples({**machine_probes(device), **steps}, seconds, prepare, device=device)
+    ours: Any = optimizers["stella_adamw"]
+    guard = [(ours._guard, name) for name in ("before_step", "judge", "after_step")]
+    watch = _Stopwatch(*guard, *((ours._roster, name) for name in ("check_held", "newcomers", "check_moving")))
+    guarded: list[float] = []
+
+    def watched_step() -> None:
+        watch.spent = 0.0
+        ours.step()
+        guarded.append(watch.spent)
+
+    steps: dict[str, Callable[[], Any]] = {name: optimizer.step for name, optimizer in optimizers.items()}
+    steps["stella_adamw"] = watched_step
+    samples = interleaved_samples({**machine_probes(device), **steps}, seconds, prepare, device=device)
+    return samples, median(guarded) / median(samples["stella_adamw"])
 
 
 def measure(r: int, seconds: float, with_memory: bool, device: torch.device = CPU) -> Row:
     """Time every optimizer at rank r for about ``seconds`` in all, then measure their memory."""
     timed_layers = layers_on(device, r, LAYERS)
-    samples = _timed(timed_layers, r, seconds, device)
+    samples, guard = _timed(timed_layers, r, seconds, device)
     machine = machine_of(samples, device)
     samples = {name: samples[name] for name in OPTIMIZERS}
     layers = MEMORY_LAYERS.get(r, 0) if with_memory else 0
     extra = {name: measure_extra_bytes(name, layers, r, device) for name in OPTIMIZERS if layers}
-    return Row(r, timed_layers, samples, machine, layers, extra)
+    return Row(r, timed_layers, samples, machine, guard, layers, extra)
 
 
 HEADER = (
     f"{'r':>4} {'layers':>6} | {'AdamW fused':>12} {'StellaAdamW':>18} {'attach':>18} {'published hooks':>20} | "
-    f"{'publ./Stella':>12} | {BOUNDS_HEADER} | "
+    f"{'publ./Stella':>12} {'guard':>6} | {BOUNDS_HEADER} | "
     "memory beyond AdamW's: Stella, attach, published"
 )
 
@@ -115,7 +156,7 @@ def table_row(row: Row) -> str:
         memory = f"{parts} of the factors of {row.memory_layers} layers"
     return (
         f"{row.r:4d} {row.layers:6d} | {milliseconds(row.seconds('adamw'), 9, 1)} ms {times} | "
-        f"{row.under_published:12.1f} | {bounds_columns(row)} | {memory}"
+        f"{row.under_published:12.1f} {row.guard:6.1%} | {bounds_columns(row)} | {memory}"
     )
 
 
@@ -128,6 +169,10 @@ def verdicts(rows: Sequence[Row]) -> Iterator[Verdict]:
                 found <= wanted,
                 f"r = {row.r}: StellaAdamW costs {found:.2f} × AdamW (fused), wanted at most {wanted:g}",
             )
+        if row.r in WANTED_GUARD:
+            found, wanted = row.guard, WANTED_GUARD[row.r]
+            text = f"r = {row.r}: the guard takes {found:.1%} of the step, wanted at most {wanted:.0%}"
+            yield Verdict(found <= wanted, text)
         if row.r in WANTED_UNDER_PUBLISHED:
             found, wanted = row.under_published, WANTED_UNDER_PUBLISHED[row.r]
             text = f"r = {row.r}: {found:.1f} times faster than the published hooks, wanted {wanted:g}"
