@@ -150,6 +150,7 @@ def test_retract(where: torch.device) -> None:
 
 def test_step(where: torch.device) -> None:
     row = step.measure(4, SHORT, False, where)
+    assert 0.0 < row.guard < 1.0
     assert row.layers == (2 if where.type == "cuda" else 1)
     assert set(row.samples) == set(model.OPTIMIZERS)
     assert timed(row.samples)
