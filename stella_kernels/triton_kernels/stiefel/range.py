@@ -19,9 +19,9 @@ def range_of(ELEMENT: tl.constexpr):
         1.797693134862315e308
         if ELEMENT.primitive_bitwidth == 64
         else 65504.0
-        if ELEMENT == tl.float16
+        if tl.float16 == ELEMENT
         else 3.38953e38
-        if ELEMENT == tl.bfloat16
+        if tl.bfloat16 == ELEMENT
         else 3.402823e38
     )
     return LARGEST
@@ -38,11 +38,10 @@ def norm_of(A):
 @triton.jit
 def as_stored(value, ELEMENT: tl.constexpr):
     """Zero, or NaN where a value is not finite once it is of this dtype."""
+    wide = value
     if ELEMENT.primitive_bitwidth == 16:
-        narrow = value.to(tl.float32).to(ELEMENT).to(tl.float32)
-    else:
-        narrow = value.to(ELEMENT)
-    return narrow.to(value.dtype) * 0.0
+        wide = value.to(tl.float32)  # no target narrows float64 to 16 bits in one step
+    return wide.to(ELEMENT).to(wide.dtype) * 0.0
 
 
 @triton.jit
@@ -70,8 +69,12 @@ def attempt(
         g = load_tile(gradient, rows, columns, left, r, ELEMENT, TO, INDEX, False) - along
         if ADVANCE:
             g *= constants[6]
-            m = load_tile(tensor_of(table, factor, 2, start, ELEMENT), rows, columns, left, r, ELEMENT, TO, INDEX, False)
-            v = load_tile(tensor_of(table, factor, 3, start, ELEMENT), rows, columns, left, r, ELEMENT, TO, INDEX, False)
+            m = load_tile(
+                tensor_of(table, factor, 2, start, ELEMENT), rows, columns, left, r, ELEMENT, TO, INDEX, False
+            )
+            v = load_tile(
+                tensor_of(table, factor, 3, start, ELEMENT), rows, columns, left, r, ELEMENT, TO, INDEX, False
+            )
             given += m * 0.0 + v * 0.0
             m += constants[3] * (g - m)
             v = constants[4] * v + constants[5] * g * g

@@ -169,7 +169,8 @@ def solve_kernel(
                 else:
                     tl.store(scales + factor, 1.0 / tl.sqrt(unit))
                 # The residual of Q is that of R G R, and the round-off of the Gram matrix and of the product.
-                off = tolerance * tl.sqrt(r.to(TO)) * (2.0 + 4.0 * condition)
+                size = tl.sqrt(r.to(TO))
+                off = tolerance * size * (2.0 + 1.25 * size + 8.0 * condition)  # csrc/cpu/stiefel/residual.h
                 tl.store(state + factor, _MOVE)
                 write_info(info, factor, 0.0, stored_residual(residual + off, n, r, ELEMENT, TO), steps, 0, drift)
             else:
@@ -190,15 +191,9 @@ def stored_residual(residual, n, r, ELEMENT: tl.constexpr, TO: tl.constexpr):
     Rounding moves each value by at most u |q| + η, Q by d = u ‖Q‖ + η sqrt(n r), QᵀQ by d (2 ‖Q‖₂ + d).
     """
     U: tl.constexpr = (
-        0.0
-        if ELEMENT == TO
-        else 2.0**-24
-        if ELEMENT == tl.float32
-        else 2.0**-8
-        if ELEMENT == tl.bfloat16
-        else 2.0**-11
+        0.0 if ELEMENT == TO else 2.0**-24 if tl.float32 == ELEMENT else 2.0**-8 if tl.bfloat16 == ELEMENT else 2.0**-11
     )
-    LEAST: tl.constexpr = 2.0**-25 if ELEMENT == tl.float16 else 0.0
+    LEAST: tl.constexpr = 2.0**-25 if tl.float16 == ELEMENT else 0.0
     size = tl.sqrt(1.0 + residual)
     moved = U * tl.sqrt(r.to(TO)) * size + LEAST * tl.sqrt(n.to(TO) * r.to(TO))
     return residual + moved * (2.0 * size + moved)
