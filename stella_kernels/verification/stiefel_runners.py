@@ -62,8 +62,9 @@ def polar(case: Case, run: Implementation) -> Measures:
 def _reported_residual(case: Case, row: list[float], measured: float, shape: tuple[int, int]) -> Measures:
     """That a row of ``info`` reports a bound on what is stored, and not a wild one.
 
-    From above: the rounding of Q to its storage, of relative size u (and η = 2⁻²⁵ where float16 is subnormal), moves QᵀQ
-    by up to 2 (u sqrt(r) + η sqrt(n r)); computing it costs w sqrt(r) (2 + 4 κ), κ ≤ 16 of the Gram matrix.
+    From above: the rounding of Q to its storage, of relative size u (η = 2⁻²⁵ where float16 is subnormal), moves QᵀQ by
+    up to 2 (u sqrt(r) + η sqrt(n r)); computing it costs w sqrt(r) (2 + 1.25 sqrt(r) + 8 κ), κ ≤ 16 of the Gram
+    matrix (csrc/cpu/stiefel/residual.h); an SVD of float64 data leaves cosines of 2 w sqrt(r) between r columns.
     """
     u, w = round_off(case.dtype)
     n, r = shape
@@ -71,7 +72,7 @@ def _reported_residual(case: Case, row: list[float], measured: float, shape: tup
     own = 2.0**-53 * (4 * r + math.sqrt(n)) if case.dtype == torch.float64 else 0.01 * w  # of the measurement
     yield "residual above the reported", max(0.0, measured - row[1]), own
     moved = u * math.sqrt(r) + least * math.sqrt(n * r)
-    yield "reported residual", row[1], 2.1 * moved + moved**2 + (2 + 4 * 16) * w * math.sqrt(r)
+    yield "reported residual", row[1], 2.1 * moved + moved**2 + w * math.sqrt(r) * (2 + 4 * math.sqrt(r) + 8 * 17)
 
 
 def _reported_drift(row: list[float], Y: Tensor) -> tuple[str, float, float]:
@@ -90,7 +91,7 @@ def _point(case: Case, shape: tuple[int, ...], generator: torch.Generator) -> Te
 def _overflowing(Y: Tensor) -> Tensor:
     """A gradient of the largest values there are, whose Riemannian one is larger.
 
-    Of one column y the signs are those of y but where |y_i| is the median: there y_i (∇ᵀy) has the sign that ∇_i has not.
+    Of one column y the signs are those of y but where |y_i| is the median: there y_i (∇ᵀy) has not the sign of ∇_i.
     """
     signs = Y.double().sign()
     middle = Y.double().abs().median(dim=0, keepdim=True).indices  # (1, r)

@@ -12,6 +12,7 @@ namespace stella::STELLA_ISA {
 
 constexpr int kGramRows = kRegisters == 32 ? 6 : 3;
 constexpr int kGramColumns = 4;
+constexpr int64_t kFloatSumTerms = 32;         // of one sign, added up before their sum is added to others
 constexpr int64_t kGramBlockBytes = 24 << 10;  // columns that stay in L1 while all rows of tiles go past them
 constexpr int kCombineColumns = 4;
 constexpr int kCombineVectors = kRegisters == 32 ? 6 : 3;
@@ -56,9 +57,13 @@ template <typename T, int rows>
 STELLA_INLINE void gram_row(const T* a, int64_t a_leading, const T* b, int64_t b_leading, int64_t at, int64_t i,
                             int64_t columns, int64_t count, double* gram, int64_t order, bool upper) {
   int64_t j = upper && i > at ? i - i % kGramColumns : at;
-  for (; j < columns; j += kGramColumns)
-    gram_tile<T, rows>(a + i * a_leading, a_leading, b + j * b_leading, b_leading, count, columns - j,
-                       gram + i * order + j, order);
+  for (; j < columns; j += kGramColumns) {
+    // On the diagonal all terms have one sign, and if they are alike their round-offs do too: shorter sums there.
+    const int64_t step = upper && j < i + rows ? kFloatSumTerms * kLanes<T> : count;
+    for (int64_t k = 0; k < count; k += step)
+      gram_tile<T, rows>(a + i * a_leading + k, a_leading, b + j * b_leading + k, b_leading,
+                         count - k < step ? count - k : step, columns - j, gram + i * order + j, order);
+  }
 }
 
 // gram[i, j] += a_i . b_j for i < rows, j < columns; with `upper`, at least for i <= j. `b` has columns padded to four.

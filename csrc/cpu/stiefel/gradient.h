@@ -95,8 +95,8 @@ bool difference_fits(const Panels<T>& panels, const MatrixView& gradient, const 
   return finite;
 }
 
-// A gradient is finite when it comes here. What cannot be bounded beforehand is tried, and the gradient left alone where
-// it overflows or the factor is not finite.
+// A gradient is finite when it comes here. What cannot be bounded beforehand is tried, and the gradient left alone
+// where it overflows or the factor is not finite.
 template <typename T>
 bool accept(const GradientJob& job, const Panels<T>& panels, const double* gram, bool bounded, Outcome* outcome) {
   const int64_t r = job.gradient.r;

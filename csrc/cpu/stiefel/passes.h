@@ -13,12 +13,6 @@
 namespace stella::STELLA_ISA {
 namespace {
 
-// Past these condition numbers of the Gram matrix its round-off shows in the factor: the Gram's relative error is a
-// few units of round-off, and the factor's error is that times the condition number.
-constexpr double kFloatConditionLimit = 16.0;
-constexpr double kDoubleConditionLimit = 16.0;
-constexpr double kWidenedConditionLimit = 1e8;  // float32 data, float64 Gram: 1e8 * 1.1e-16 is below float32's 6e-8
-
 constexpr int64_t kKeptBytes = 320 << 10;  // all panels stay packed between the passes when they fit in most of an L2
 
 int64_t chunk_rows_for(int64_t order, int64_t n, int element_bytes) {

@@ -26,8 +26,7 @@ bool polar_coefficients(const double* gram, int64_t r, double tolerance, double 
   if (!result.converged || !(result.condition <= limit)) return false;
   for (int64_t i = 0; i < r; ++i)
     for (int64_t j = 0; j < r; ++j) coefficients[i * r + j] = R[i * leading + j];
-  outcome->residual =
-      result.bounded ? result.residual + product_roundoff<T>(r, result.condition) : __builtin_inf();
+  outcome->residual = result.bounded ? result.residual + product_roundoff<T>(r, result.condition) : __builtin_inf();
   return true;
 }
 
@@ -141,7 +140,8 @@ bool polar_newton_schulz(const PolarJob& job, T scale, double limit, Outcome* ou
   if (!gram_in_range<T>(gram, r)) return false;
   double* coefficients = scratch().solved.reserve<double>(r * r);
   if (!polar_coefficients<T>(gram, r, solve_tolerance<T>(), limit, coefficients, outcome)) return false;
-  if (is_finite(outcome->residual)) {
+  const bool bounded = is_finite(outcome->residual);
+  if (bounded) {
     passes.update(coefficients, nullptr);
   } else {
     gram = zeroed_gram(r);
@@ -150,7 +150,8 @@ bool polar_newton_schulz(const PolarJob& job, T scale, double limit, Outcome* ou
   }
   // Float64 arithmetic on shorter data: the Gram's round-off times its condition number, well below the storage's.
   const bool widened = std::is_same_v<T, double> && job.in.storage != Storage::float64;
-  const bool done = outcome->residual <= (widened ? residual_limit<float>(r) / 64.0 : residual_limit<T>(r));
+  const double most = widened ? residual_limit<float>(r) / 64.0 : bounded ? bounded_limit<T>(r) : residual_limit<T>(r);
+  const bool done = outcome->residual <= most;
   outcome->residual = stored_residual<T>(outcome->residual, job.out);
   return done;
 }
@@ -176,7 +177,7 @@ bool svd_to(double* columns, const MatrixView& out, Outcome* outcome) {
   const double residual = gram_error(Q, n, r) + measured_roundoff<double>(r);
   if (!(residual <= residual_limit<double>(r) * __builtin_sqrt(static_cast<double>(r)))) {
     outcome->status = Status::not_converged;
-    outcome->residual = residual;
+    outcome->residual = __builtin_nan("");
     return false;
   }
   unpack(Q, n, out, 0, n);
@@ -199,9 +200,8 @@ void polar(const PolarJob& job, Method method, Outcome* outcome) {
   const double no_limit = 1e300;
   const bool automatic = method == Method::automatic;
   if (method != Method::svd) {
-    const bool done = wide
-                          ? polar_newton_schulz<double>(job, 1.0, automatic ? kDoubleConditionLimit : no_limit, outcome)
-                          : polar_newton_schulz<float>(job, 1.0f, kFloatConditionLimit, outcome);
+    const bool done = wide ? polar_newton_schulz<double>(job, 1.0, automatic ? kConditionLimit : no_limit, outcome)
+                           : polar_newton_schulz<float>(job, 1.0f, kConditionLimit, outcome);
     if (done) return;
   }
   // Off the fast path: look at the data, scale it into range, work in float64.
@@ -214,7 +214,7 @@ void polar(const PolarJob& job, Method method, Outcome* outcome) {
   const double scale = largest > 0.0 ? power_of_two_scale(largest) : 1.0;
   if (method != Method::svd && largest > 0.0) {
     outcome->path = Path::float64_gram;
-    const double limit = !automatic ? no_limit : wide ? kDoubleConditionLimit : kWidenedConditionLimit;
+    const double limit = !automatic ? no_limit : wide ? kConditionLimit : kWidenedConditionLimit;
     if (polar_newton_schulz<double>(job, scale, limit, outcome)) return;
   }
   if (method == Method::newton_schulz) {
@@ -231,10 +231,10 @@ void polar_gram(const PolarJob& job, int64_t begin, int64_t end, double* gram) {
 bool polar_solve(const PolarJob& job, const double* gram, double* coefficients, Outcome* outcome) {
   if (job.in.storage == Storage::float64)
     return gram_in_range<double>(gram, job.in.r) &&
-           polar_coefficients<double>(gram, job.in.r, solve_tolerance<double>(), kDoubleConditionLimit, coefficients,
+           polar_coefficients<double>(gram, job.in.r, solve_tolerance<double>(), kConditionLimit, coefficients,
                                       outcome);
-  return gram_in_range<float>(gram, job.in.r) && polar_coefficients<float>(gram, job.in.r, solve_tolerance<float>(),
-                                                                           kFloatConditionLimit, coefficients, outcome);
+  return gram_in_range<float>(gram, job.in.r) &&
+         polar_coefficients<float>(gram, job.in.r, solve_tolerance<float>(), kConditionLimit, coefficients, outcome);
 }
 
 void polar_update(const PolarJob& job, int64_t begin, int64_t end, const double* coefficients, double* gram) {

@@ -152,8 +152,8 @@ template <typename T>
 Limits retract_limits(const MatrixView& out, bool automatic) {
   if (std::is_same_v<T, double> && out.storage != Storage::float64)
     return {automatic ? kWidenedConditionLimit : __builtin_inf(), residual_limit<float>(out.r) / 16.0};
-  if (std::is_same_v<T, float>) return {kFloatConditionLimit, residual_limit<float>(out.r)};
-  return {automatic ? kDoubleConditionLimit : __builtin_inf(), automatic ? residual_limit<double>(out.r) : 1e-8};
+  if (std::is_same_v<T, float> || automatic) return {kConditionLimit, bounded_limit<T>(out.r)};
+  return {__builtin_inf(), 1e-8};  // half of float64's digits: what has fewer has not converged
 }
 
 template <typename T>
@@ -229,6 +229,7 @@ void retract(const RetractJob& job, Method method, Outcome* outcome) {
   }
   if (method == Method::newton_schulz) {
     outcome->status = Status::not_converged;
+    outcome->residual = __builtin_nan("");
     return;
   }
   retract_by_svd(job, outcome);

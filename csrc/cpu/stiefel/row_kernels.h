@@ -89,7 +89,7 @@ void cross_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stri
   for (int i = 0; i < count; ++i)
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
-      // A chunk's own sum first: the round-off of a long sum would be that of as many terms of equal sign.
+      // Their own sum first: round-offs of terms of one sign add up where the terms are alike.
       float* sum = sums + i * order + v * Tile::lanes;
       store(sum, load<V>(sum) + accumulator[i][v]);
     }
@@ -99,11 +99,16 @@ void cross_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stri
 template <typename Tile>
 STELLA_INLINE void cross_column(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows,
                                 int64_t first, int64_t last, int64_t j, float* sums, int64_t order) {
-  int64_t i = first;
-  if constexpr (Tile::vectors == 1)
-    for (; i + 8 <= last; i += 8)
-      cross_tile<8, Tile>(a + i, a_stride, b + j, b_stride, rows, sums + i * order + j, order);
-  for (; i < last; i += 4) cross_tile<4, Tile>(a + i, a_stride, b + j, b_stride, rows, sums + i * order + j, order);
+  for (int64_t k = 0; k < rows; k += kFloatSumTerms) {
+    const int64_t some = rows - k < kFloatSumTerms ? rows - k : kFloatSumTerms;
+    const float *from = a + k * a_stride, *right = b + k * b_stride + j;
+    int64_t i = first;
+    if constexpr (Tile::vectors == 1)
+      for (; i + 8 <= last; i += 8)
+        cross_tile<8, Tile>(from + i, a_stride, right, b_stride, some, sums + i * order + j, order);
+    for (; i < last; i += 4)
+      cross_tile<4, Tile>(from + i, a_stride, right, b_stride, some, sums + i * order + j, order);
+  }
 }
 
 // sums (r x r, `order` apart) += a^T b over some rows; with `upper`, at least its upper triangle.

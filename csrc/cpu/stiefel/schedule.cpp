@@ -76,7 +76,8 @@ void gram_of_blocks(const Pool& pool, int64_t n, int64_t block, int64_t size, do
     for (int64_t i = 0; i < size; ++i) gram[i] += partial[static_cast<size_t>(b * size + i)];
 }
 
-// The outcomes of a list of which nothing was computed: those of non-finite matrices say so. False where all are finite.
+// The outcomes of a list of which nothing was computed: those of non-finite matrices say so. False where all are
+// finite.
 bool refuse_non_finite(const std::vector<double>& largest, std::vector<Outcome>& outcomes) {
   bool all = true;
   for (const double magnitude : largest) all = all && std::isfinite(magnitude);

@@ -33,9 +33,12 @@ void gram_of_short_rows(const float* a, int64_t rows, double* gram) {
   using V = Vector<float>;
   using Wide = typename VectorOf<double, kWidest>::type;
   constexpr auto rotations = std::make_integer_sequence<int, kRotations>();
+  constexpr int64_t kPart = kFloatSumTerms * kTogether;
   Wide totals[kRotations] = {};
-  for (int64_t begin = 0; begin < rows; begin += kFloatSumRows) {
-    const int64_t end = rows - begin < kFloatSumRows ? rows : begin + kFloatSumRows;
+  V parts[kRotations] = {};
+  for (int64_t begin = 0; begin < rows; begin += kPart) {
+    const int64_t end = rows - begin < kPart ? rows : begin + kPart;
+    const bool whole = end == rows || end % (8 * kPart) == 0;
     V sums[kSets][kRotations] = {};
     int64_t i = begin;
     for (; i + kTogether <= end; i += kTogether)
@@ -49,7 +52,10 @@ void gram_of_short_rows(const float* a, int64_t rows, double* gram) {
 #pragma GCC unroll 8
     for (int by = 0; by < kRotations; ++by) {
       if constexpr (kSets == 2) sums[0][by] += sums[1][by];
-      totals[by] += __builtin_convertvector(sums[0][by], Wide);
+      parts[by] += sums[0][by];
+      if (!whole) continue;
+      totals[by] += __builtin_convertvector(parts[by], Wide);
+      parts[by] = V{};
     }
   }
   for (int by = 0; by < kRotations; ++by)

@@ -61,7 +61,8 @@ def stiefel_variants(
         ("gradient", {"GRADIENT": 0, "FACTOR": 1, "DRIFT": True}),
         ("adamw", {"GRADIENT": 1, "FACTOR": 0, "DRIFT": False}),
     ):
-        yield variant(f"{name} coupling", coupling_kernel, places)
+        split = {"SPLIT": places["DRIFT"] and tiles.slab < R}
+        yield variant(f"{name} coupling", coupling_kernel, places | split)
         summed = places | tiles.streaming(R) | {"ITEMS": tiles.items}
         yield variant(f"{name} coupling sum", coupling_sum_kernel, summed, products=False, wide=False)
     yield variant("subtract", subtract_kernel, {"SNAPSHOTS": True, **tiles.streaming(R)})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..launch.table import FIELDS
 from .range import attempt, norm_of, range_of
 from .tiles import (
     LEAVE,
@@ -29,6 +30,7 @@ from .tiles import (
 from .tiles import where_of as where_of
 
 _ROW = tl.constexpr(ROW)
+_FIELDS = tl.constexpr(FIELDS)
 _MOVE = tl.constexpr(MOVE)
 _LEAVE = tl.constexpr(LEAVE)
 
@@ -51,10 +53,12 @@ def coupling_kernel(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
     DRIFT: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """Of a chunk of rows: ∇ᵀY to ``partials``, and to ``largest`` max |∇|, or NaN where ∇ is not finite.
 
-    Where the coupling is known (header 4), only the latter. With DRIFT YᵀY follows ∇ᵀY.
+    Where the coupling is known (header 4), only the latter. With DRIFT YᵀY follows ∇ᵀY; where registers hold one of the
+    two only, SPLIT, the programs along the second axis take one each.
     """
     item, factor, n, r, begin = where_of(table, items)
     begin = tl.multiple_of(begin, CHUNK)
@@ -63,10 +67,14 @@ def coupling_kernel(
     known = tl.load(table + factor * _ROW + 4) != 0
     columns = tl.arange(0, R)
     end = tl.minimum(begin + CHUNK, n)
-    gradient, own = tensor_of(table, factor, GRADIENT, begin, ELEMENT), tensor_of(table, factor, FACTOR, begin, ELEMENT)
+    part = tl.program_id(1)  # 1: Y in the place of ∇
+    shift = part * ((FACTOR - GRADIENT) * _FIELDS)
+    gradient = tensor_of(table + shift, factor, GRADIENT, begin, ELEMENT)
+    own = tensor_of(table, factor, FACTOR, begin, ELEMENT)
     left = rows_left(n, begin)
     coupling = tl.zeros((R, R), dtype=TO)
-    if DRIFT:
+    BOTH: tl.constexpr = DRIFT and not SPLIT
+    if BOTH:
         square = tl.zeros((R, R), dtype=TO)
     tainted = tl.zeros((BLOCK, R), dtype=TO)
     size = tl.zeros((BLOCK, R), dtype=TO)
@@ -78,15 +86,16 @@ def coupling_kernel(
         if not known:
             y = load_tile(own, rows, columns, left, r, ELEMENT, TO, INDEX)  # (BLOCK, R)
             coupling = add_apart(coupling, product(tl.trans(g), y, PRECISION, TO), one)
-            if DRIFT:
+            if BOTH:
                 tl.debug_barrier()  # one product's operands are in registers at a time
                 square = add_apart(square, product(tl.trans(y), y, PRECISION, TO), one)
     tainted_sum = tl.sum(tl.sum(tainted, axis=1), axis=0)
-    tl.store(largest + item, tl.max(tl.max(size, axis=1), axis=0) + tainted_sum)
+    if part == 0:
+        tl.store(largest + item, tl.max(tl.max(size, axis=1), axis=0) + tainted_sum)
     BLOCKS: tl.constexpr = 2 if DRIFT else 1
     if not known:
-        store_square(partials + item * (BLOCKS * R * R), coupling, r, R)
-        if DRIFT:
+        store_square(partials + item * (BLOCKS * R * R) + part * (R * R), coupling, r, R)
+        if BOTH:
             store_square(partials + item * (BLOCKS * R * R) + R * R, square, r, R)
 
 
@@ -134,6 +143,12 @@ def coupling_sum_kernel(
     bad = tl.sum(tainted, axis=0) != 0.0  # NaN is unequal
     BLOCKS: tl.constexpr = 2 if DRIFT else 1
     parts = partials + first * (BLOCKS * R * R)
+    drift = tl.full((), float("nan"), TO)
+    if DRIFT:
+        i = tl.arange(0, R)
+        C = sum_partials(parts + R * R, count, BLOCKS * R * R, r, R, TO)
+        drift = norm_of(C - ((i[:, None] == i[None, :]) & (i < r)[:, None]).to(TO))
+        tl.debug_barrier()  # one matrix is in registers at a time
     if known == 1:  # given in float32
         given = tl.load(header + 5).to(tl.pointer_type(tl.float32))
         K = load_given(given, header, r, R, TO)
@@ -146,12 +161,7 @@ def coupling_sum_kernel(
     store_square(at, K, r, R)
     lost = tl.sum(tl.sum(K * 0.0, axis=1), axis=0) != 0.0
     bound = tl.max(sizes, axis=0) + 2.0 * norm_of(K)
-    drift = tl.full((), float("nan"), TO)
     if DRIFT:
-        i = tl.arange(0, R)
-        C = sum_partials(parts + R * R, count, BLOCKS * R * R, r, R, TO)
-        C -= ((i[:, None] == i[None, :]) & (i < r)[:, None]).to(TO)
-        drift = norm_of(C)
         near = drift <= 3.0  # ‖Y‖₂ ≤ 2, as the bound has it
         bounded = near & (bound <= range_of(ELEMENT))
     else:

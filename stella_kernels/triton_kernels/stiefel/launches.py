@@ -52,16 +52,10 @@ def _couple(table: Table, settings: Tensor | None, info: Tensor) -> tuple[Tensor
     refused = table.scratch(1, dtype=torch.int32)
     couplings = table.scratch(table.factors, R, R)
     state = table.scratch(table.factors, dtype=torch.int32)
-    coupling_kernel[(table.count,)](
-        table.items,
-        table.rows,
-        partials,
-        largest,
-        refused,
-        1.0,
-        GRADIENT=GRADIENT,
-        FACTOR=FACTOR,
-        DRIFT=DRIFT,
+    SPLIT = DRIFT and table.tiles.slab < R
+    coupling_kernel[(table.count, 2 if SPLIT else 1)](
+        *(table.items, table.rows, partials, largest, refused, 1.0),
+        **{"GRADIENT": GRADIENT, "FACTOR": FACTOR, "DRIFT": DRIFT, "SPLIT": SPLIT},
         **common,
     )
     common.pop("CHUNK")

@@ -38,11 +38,10 @@ def norm_of(A):
 @triton.jit
 def as_stored(value, ELEMENT: tl.constexpr):
     """Zero, or NaN where a value is not finite once it is of this dtype."""
+    wide = value
     if ELEMENT.primitive_bitwidth == 16:
-        narrow = value.to(tl.float32).to(ELEMENT).to(tl.float32)
-    else:
-        narrow = value.to(ELEMENT)
-    return narrow.to(value.dtype) * 0.0
+        wide = value.to(tl.float32)  # no target narrows float64 to 16 bits in one step
+    return wide.to(ELEMENT).to(wide.dtype) * 0.0
 
 
 @triton.jit

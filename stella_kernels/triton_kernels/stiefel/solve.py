@@ -169,7 +169,8 @@ def solve_kernel(
                 else:
                     tl.store(scales + factor, 1.0 / tl.sqrt(unit))
                 # The residual of Q is that of R G R, and the round-off of the Gram matrix and of the product.
-                off = tolerance * tl.sqrt(r.to(TO)) * (2.0 + 4.0 * condition)
+                size = tl.sqrt(r.to(TO))
+                off = tolerance * size * (2.0 + 1.25 * size + 8.0 * condition)  # csrc/cpu/stiefel/residual.h
                 tl.store(state + factor, _MOVE)
                 write_info(info, factor, 0.0, stored_residual(residual + off, n, r, ELEMENT, TO), steps, 0, drift)
             else:

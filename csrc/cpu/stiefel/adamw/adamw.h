@@ -113,6 +113,12 @@ void coupling_of(const AdamwJob& job, Passes& passes, double* coupling) {
   }
 }
 
+bool all_finite(const double* square, int64_t r) {
+  double sum = 0.0;
+  for (int64_t i = 0; i < r * r; ++i) sum += square[i] * 0.0;
+  return sum == 0.0;
+}
+
 bool adamw_fits(const AdamwJob& job, Outcome* outcome) {
   *outcome = Outcome();
   outcome->residual = outcome->drift = __builtin_nan("");
@@ -123,6 +129,7 @@ bool adamw_fits(const AdamwJob& job, Outcome* outcome) {
     double* coupling = small.reserve<double>(job.factor.r * job.factor.r);
     coupling_of(job, passes, coupling);
     outcome->status = adamw_status(job, passes.step_fits(negative_of(coupling, job.factor.r)));
+    if (job.coupling && !all_finite(coupling, job.factor.r)) outcome->status = Status::non_finite;
     outcome->drift = passes.drift();
   });
   return outcome->status == Status::ok;
