@@ -1,8 +1,7 @@
 """Random calls of every operator: ``python -m tests.sanitize.fuzz --seed S --cases N`` or ``--case SEED:INDEX``.
 
-A case is made from its seed and index alone. The last line that ``--journal`` holds is the case that is running, so that
-whoever started this process knows which one ended it. The judgement needs no sanitizer; ``sanitized.py`` runs it under
-those.
+A case is made from its seed and index alone. ``--journal`` holds the index of the running one, so that whoever started
+this process knows which case ended it. The judgement needs no sanitizer; ``sanitized.py`` runs it under those.
 """
 
 from __future__ import annotations

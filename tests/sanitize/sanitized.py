@@ -1,5 +1,5 @@
-"""Python with the sanitized library: a copy of the package and of the tests with that library in it, in processes of their
-own. ``python -m tests.sanitize.sanitized FOLDER --cases N`` runs the fuzzer on every instruction set that is there.
+"""Python with the sanitized library: a copy of the package and of the tests with that library in it, in processes of
+their own. ``python -m tests.sanitize.sanitized FOLDER --cases N`` fuzzes every instruction set that is there.
 
 FOLDER is where CMake built with ``STELLA_KERNELS_SANITIZE=address,undefined`` (``make sanitize``).
 """
@@ -55,7 +55,7 @@ class Sanitized:
             shutil.copytree(ROOT / name, self.folder / name, ignore=ignored)
         shutil.copy(ROOT / "pyproject.toml", self.folder)
         shutil.copy(folder / "_cpu.so", self.folder / "stella_kernels")
-        # The C++ library as well: what is thrown in a Python that was not linked with it is looked up before it is there.
+        # The C++ library as well: its throw is looked up as the process starts, and Python is not linked with it.
         preload = " ".join(map(_runtime, ("libasan.so", "libstdc++.so")))
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("STELLA_KERNELS_")}
         self._environment = inherited | _OPTIONS | {"LD_PRELOAD": preload, "PYTHONPATH": str(self.folder)}
