@@ -1,4 +1,4 @@
-"""The CPU library under sanitizers. ``make sanitize`` builds it and runs all of this, ``make test`` what is not slow."""
+"""The CPU library under sanitizers. ``make sanitize`` builds and runs all of this, ``make test`` what is not slow."""
 
 from __future__ import annotations
 
