@@ -4,8 +4,7 @@
 #   make test     the full test suite
 #   make bench    the retraction and the optimizer step against torch's ways, the adapter against LoRA, at real models' shapes
 #   make test-arm the CPU kernels compiled for 64-bit ARM, on an emulated processor
-#   make sanitize  the CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer: the operators'
-#                  tests and random calls of every operator on every instruction set that is here
+#   make sanitize the CPU kernels under sanitizers of memory, undefined behaviour and threads: tests and random calls
 #   make docs     the documentation as pages, in site/
 #   make lint     ruff, mypy, clang-format;   make format   apply what can be applied
 #   make clean    remove the environment and everything built
