@@ -4,6 +4,7 @@
 #   make test     the full test suite
 #   make bench    the retraction and the optimizer step against torch's ways, the adapter against LoRA, at real models' shapes
 #   make test-arm the CPU kernels compiled for 64-bit ARM, on an emulated processor
+#   make sanitize the CPU kernels under sanitizers of memory, undefined behaviour and threads: tests and random calls
 #   make docs     the documentation as pages, in site/
 #   make lint     ruff, mypy, clang-format;   make format   apply what can be applied
 #   make clean    remove the environment and everything built
@@ -30,6 +31,11 @@ OLDEST_TRITON ?= triton==3.5.0 numpy==2.3.5
 # A compiler for other processors, and an emulator of one.
 ARM_PACKAGES ?= ziglang==0.17.1 unicorn==2.1.4
 
+# Random calls of the operators under sanitizers, for each instruction set: of `make sanitize`, and of the part of it
+# that `make test` runs.
+SANITIZE_CASES ?= 20000
+SANITIZE_SLICE ?= 400
+
 # An explicit mode: a build that cannot be done is an error here, never a silent fallback to the reference.
 export STELLA_KERNELS_BUILD ?= cpu
 
@@ -42,12 +48,13 @@ REVIEWS := $(CACHE)/vaderSentiment-3.3.2.tar.gz
 OLDEST_PEFT_DIR := $(CACHE)/oldest-peft
 OLDEST_TRITON_DIR := $(CACHE)/oldest-triton
 ARM_DIR := $(CACHE)/arm
+SANITIZE_DIR := $(CACHE)/sanitize
 HAS_TRITON := $(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("triton") is None)'
 NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml csrc/cpu/torch/generate_signatures.py \
   stella_kernels/operators/signatures.py $(NATIVE_SOURCES)
 
-.PHONY: env build test test-oldest-peft test-oldest-triton test-arm demo bench docs lint format clean
+.PHONY: env build test test-oldest-peft test-oldest-triton test-arm sanitize sanitize-slice demo bench docs lint format clean
 
 env: $(VENV)/env.stamp
 build: $(VENV)/build.stamp
@@ -64,7 +71,7 @@ $(VENV)/build.stamp: $(VENV)/env.stamp $(BUILD_INPUTS)
 	@touch $@
 
 # The full suite runs last, so that its summary is what a log ends with.
-test: build $(if $(OLDEST_PEFT),test-oldest-peft) $(if $(OLDEST_TRITON),test-oldest-triton)
+test: build sanitize-slice $(if $(OLDEST_PEFT),test-oldest-peft) $(if $(OLDEST_TRITON),test-oldest-triton)
 	$(BIN)/python -m pytest tests $(PYTEST_ARGS)
 
 test-oldest-peft: build $(OLDEST_PEFT_DIR)/stamp
@@ -100,6 +107,25 @@ $(ARM_DIR)/stamp: Makefile $(VENV)/env.stamp
 	$(PIP) install --target $(ARM_DIR)/packages $(ARM_PACKAGES)
 	@touch $@
 
+# Into a folder each: the library for Python, and a program of the kernels alone.
+SANITIZED_LIBRARY := cmake -G Ninja -S . -B $(SANITIZE_DIR)/address -D STELLA_KERNELS_SANITIZE=address,undefined \
+  -D Python_EXECUTABLE=$(abspath $(BIN))/python -D pybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" \
+  -D STELLA_KERNELS_TORCH="$$($(BIN)/python -c 'import torch; print(*torch.__path__)')"
+SANITIZED_TESTS := STELLA_SANITIZED=$(SANITIZE_DIR) $(BIN)/python -m pytest tests/sanitize
+
+sanitize: $(VENV)/env.stamp
+	$(SANITIZED_LIBRARY) -D STELLA_KERNELS_INSTRUCTION_SETS="avx2;avx512"
+	cmake --build $(SANITIZE_DIR)/address --target stella_cpu
+	cmake -G Ninja -S . -B $(SANITIZE_DIR)/thread -D STELLA_KERNELS_SANITIZE=thread
+	cmake --build $(SANITIZE_DIR)/thread --target threads
+	STELLA_SANITIZED_CASES=$(SANITIZE_CASES) $(SANITIZED_TESTS) --durations=0 $(PYTEST_ARGS)
+
+# The kernels of one instruction set: compiling is what takes the time.
+sanitize-slice: $(VENV)/env.stamp
+	$(SANITIZED_LIBRARY) -D STELLA_KERNELS_INSTRUCTION_SETS=
+	cmake --build $(SANITIZE_DIR)/address --target stella_cpu
+	STELLA_SANITIZED_CASES=$(SANITIZE_SLICE) $(SANITIZED_TESTS) -m "not slow" $(PYTEST_ARGS)
+
 demo: build $(VENV)/demo.stamp $(REVIEWS)
 	$(BIN)/python -m examples.finetune_smollm2 --reviews $(REVIEWS) $(DEMO_ARGS)
 
@@ -125,12 +151,12 @@ lint: $(VENV)/env.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(NATIVE_SOURCES) tests/arm/core.cpp
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE_SOURCES) tests/arm/core.cpp tests/sanitize/threads.cpp
 
 format: $(VENV)/env.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(NATIVE_SOURCES) tests/arm/core.cpp
+	$(BIN)/clang-format -i $(NATIVE_SOURCES) tests/arm/core.cpp tests/sanitize/threads.cpp
 
 clean:
 	rm -rf $(VENV) $(CACHE) build dist site demo-output bench/results *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -123,7 +123,7 @@ STELLA_INLINE void stream_row(float* to, const float* values, int64_t count) {
     to[i] = values[i];
     ++i;
   }
-  for (; i + 4 <= count; i += 4) _mm_stream_ps(to + i, _mm_loadu_ps(values + i));
+  for (; i + 4 <= count; i += 4) stream_part(to + i, values + i);
 #endif
   for (; i < count; ++i) to[i] = values[i];
 }

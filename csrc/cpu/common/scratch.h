@@ -7,6 +7,10 @@
 
 #include "common/vector.h"
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace stella::STELLA_ISA {
 
 class Buffer {
@@ -26,6 +30,12 @@ class Buffer {
       if (posix_memalign(&data_, 64, static_cast<size_t>(bytes)) != 0) throw std::bad_alloc();
       bytes_ = bytes;
     }
+#ifdef __SANITIZE_ADDRESS__
+    // What an earlier call had reserved beyond this is out of bounds now.
+    __asan_unpoison_memory_region(data_, static_cast<size_t>(bytes_));
+    __asan_poison_memory_region(static_cast<T*>(data_) + count,
+                                static_cast<size_t>(bytes_) - static_cast<size_t>(count) * sizeof(T));
+#endif
     return static_cast<T*>(data_);
   }
 

@@ -1,10 +1,6 @@
 // The Riemannian gradient of one factor, in place.
 #pragma once
 
-#ifdef __SSE2__
-#include <emmintrin.h>
-#endif
-
 #include "stiefel/passes.h"
 #include "stiefel/value_range.h"
 
@@ -18,8 +14,7 @@ void stream_copy(char* to, const char* from, size_t bytes) {
     *to++ = *from++;
     --bytes;
   }
-  for (; bytes >= 16; to += 16, from += 16, bytes -= 16)
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  for (; bytes >= 16; to += 16, from += 16, bytes -= 16) stream_part(to, from);
 #endif
   std::memcpy(to, from, bytes);
 }

@@ -158,6 +158,10 @@ class RowSums {
 // Stores past the cache, which spares reading the line first; `to` is aligned to the vector.
 template <typename V>
 STELLA_INLINE void stream(float* to, V v) {
+  if constexpr (kSanitized) {
+    *reinterpret_cast<V*>(to) = v;
+    return;
+  }
 #ifdef __AVX512F__
   if constexpr (sizeof(V) == 64) return _mm512_stream_ps(to, reinterpret_cast<__m512>(v));
 #endif

@@ -44,6 +44,11 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
-constexpr int64_t kStreamedBytes = 16 << 20;  // results larger than this are written past the cache
+// Results of this size or more are written past the cache.
+#ifdef __SANITIZE_ADDRESS__
+constexpr int64_t kStreamedBytes = 4 << 10;  // the small cases of tests/sanitize take that path too
+#else
+constexpr int64_t kStreamedBytes = 16 << 20;
+#endif
 
 }  // namespace stella::bindings
