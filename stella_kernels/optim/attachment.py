@@ -16,8 +16,9 @@ from ..nn import StiefelFactor
 from ..operators.status import DRIFT, INFO_COLUMNS, RESIDUAL, STATUS_NON_FINITE, STATUS_OK, STATUS_OVERFLOW
 from ..reference import stiefel
 from . import targets, wrappers
-from .guard import Guard, place_of
+from .guard import Guard
 from .interruption import Postponed
+from .memory import Memory
 from .quotient import Product, QuotientStep
 from .roster import Roster
 
@@ -66,11 +67,8 @@ class Attachment:
         self._roster = Roster(target, optimizers[0])
         self._guard = Guard((), settings.on_foreign_move)
         self._constrained: dict[int, str] = {}  # id of the parameter: name
-        self._places: list[object] = []  # of _views
-        self._views: list[Tensor] = []  # (n, r) each, the parameters' own memory
-        self._snapshot: list[Tensor | None] = []  # values before the step, reused by every step
+        self._memory = Memory()
         self._divisors: list[float] = []
-        self._grouped: tuple[list[int], list[list[int]]] = ([], [])  # factors last grouped, and their groups
         self._active: list[int] | None = None  # factors of the step under way, between the two hooks
         self._drift = torch.empty(0, device="cpu")
         self._unevaluated = False  # a closure was given to the step under way, and not called yet
@@ -93,7 +91,7 @@ class Attachment:
             hook.remove()
         self._hooks.clear()
         self._active = None
-        self._snapshot = [None] * len(self.factors)
+        self._memory.forget()
         for one in self._alive():
             _attachments.get(one, weakref.WeakSet()).discard(self)
             if not attachments_of(one):
@@ -106,13 +104,10 @@ class Attachment:
         self.factors += tuple(factors)
         for factor in factors:
             self._constrained[id(factor.parameter)] = factor.name
-            self._views.append(factor.view)
-            self._places.append(place_of(factor.parameter))
-            self._snapshot.append(None)
             divisor = stiefel.gradient_scaling_divisor(factor.view.shape[0], self._settings.hidden_size)
             self._divisors.append(divisor)
+        self._memory.add(factors)
         self._guard.watch(factors)
-        self._grouped = ([], [])
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -125,7 +120,7 @@ class Attachment:
         if found_inf is not None and float(found_inf) > 0:
             return None  # a fused optimizer under GradScaler, which is about to skip this step by itself
         self._guard.before_step(self.factors, every=self._quotient is not None)
-        self._follow_parameters()
+        self._memory.follow()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
         if closure is None:
             self._begin(optimizer)
@@ -182,7 +177,7 @@ class Attachment:
         self._roster.check_moving(self.factors, len(active), others)
         gradients = {i: self._gradient(self.factors[i]) for i in active}
         targets.check_finite_cores([self.factors[i] for i in active])
-        groups = self._groups(active)
+        groups = self._memory.groups(active)
         attached = attachments_of(optimizer)
         # one call writes nothing when it finds a NaN; several have to be checked beforehand
         if len(groups) > 1 or len(attached) > 1 or self._quotient is not None:
@@ -190,16 +185,18 @@ class Attachment:
                 attachment._refuse_non_finite_gradients()
         drift = torch.zeros(len(self.factors), dtype=torch.float64, device="cpu")
         if self._quotient is not None:
-            self._quotient.make_riemannian(gradients, self._views)
+            self._quotient.make_riemannian(gradients, self._memory.views)
         for group in groups if self._quotient is None else ():
             info = torch.ops.stella_kernels.riemannian_gradient_(
-                [gradients[i] for i in group], [self._views[i] for i in group], [self._buffer(i) for i in group]
+                [gradients[i] for i in group],
+                [self._memory.views[i] for i in group],
+                [self._memory.snapshot(i) for i in group],
             ).cpu()
             if bool(info[:, 0].any()):
                 self._refuse_gradients(group, info[:, 0].tolist())
             drift[group] = info[:, DRIFT]
         for group in groups if self._quotient is not None else ():
-            torch._foreach_copy_([self._buffer(i) for i in group], [self._views[i] for i in group])
+            torch._foreach_copy_([self._memory.snapshot(i) for i in group], [self._memory.views[i] for i in group])
         self._judge_drift(active, drift)
         self._drift = drift
         self._active = active
@@ -226,7 +223,7 @@ class Attachment:
         self._guard.judge(factors, drift[active].tolist(), state)
         for i, factor, version in zip(active, factors, before, strict=True):
             if factor.parameter._version != version:  # retracted
-                self._buffer(i).copy_(self._views[i])
+                self._memory.snapshot(i).copy_(self._memory.views[i])
         self._guard.settle(factors)
 
     def _refuse_gradients(self, group: list[int], status: list[float]) -> None:
@@ -239,41 +236,9 @@ class Attachment:
             )
         self._refuse_non_finite([i for i, s in zip(group, status, strict=True) if s != STATUS_OK])
 
-    def _follow_parameters(self) -> None:
-        """Renew the views of parameters that were given other memory, by ``model.to(...)`` or ``p.data = …``."""
-        for i, factor in enumerate(self.factors):
-            place = place_of(factor.parameter)
-            if place != self._places[i]:
-                self._views[i], self._places[i] = factor.view, place
-                self._grouped = ([], [])
-
     def _gradient(self, factor: StiefelFactor) -> Tensor:
         gradient = targets.check_gradient(factor.name, factor.parameter)
         return gradient.mT if factor.transposed else gradient  # (n, r)
-
-    def _groups(self, active: list[int]) -> list[list[int]]:
-        """The factors that one operator call can take: same device, same dtype. Remembered from step to step."""
-        if self._grouped[0] == active:
-            return self._grouped[1]
-        groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for i in active:
-            view = self._views[i]
-            groups.setdefault((view.device, view.dtype), []).append(i)
-        self._grouped = (active, list(groups.values()))
-        return self._grouped[1]
-
-    def _buffer(self, index: int) -> Tensor:
-        """Where a factor's value before the step is kept, as the factor lies now; its value moves along.
-
-        An optimizer that exchanges the parameter's memory within its step (``p.data = …``) may change device, dtype and
-        strides as well; the value before the step is needed all the more.
-        """
-        buffer, view = self._snapshot[index], self._views[index]
-        if buffer is None:
-            buffer = self._snapshot[index] = torch.empty_like(view)
-        elif (buffer.dtype, buffer.device, buffer.stride()) != (view.dtype, view.device, view.stride()):
-            buffer = self._snapshot[index] = torch.empty_like(view).copy_(buffer)
-        return buffer
 
     def _refuse_non_finite_gradients(self) -> None:
         gradients = [f.parameter.grad for f in self.factors]
@@ -283,7 +248,7 @@ class Attachment:
         if not indices:
             return
         names = [self.factors[i].name for i in indices]
-        values = [self.factors[i].name for i in indices if not bool(self._views[i].isfinite().all())]
+        values = [self.factors[i].name for i in indices if not bool(self._memory.views[i].isfinite().all())]
         what = f"the value of {', '.join(values)}" if values else f"the gradient of {', '.join(names)}"
         raise NonFiniteError(
             f"{what} holds NaN or an infinity, found before the optimizer moved anything. Zero the gradients and look "
@@ -306,13 +271,13 @@ class Attachment:
             self._postponed.end()
 
     def _retract_moved(self, active: list[int]) -> None:
-        self._follow_parameters()
+        self._memory.follow()
         info = torch.zeros(len(self.factors), INFO_COLUMNS, dtype=torch.float64, device="cpu")
         try:
             if self._quotient is not None:
-                before = {i: self._buffer(i) for i in active}
-                info[active] = self._quotient.retract(before, self._views, self._divisors)
-            for group in self._groups(active) if self._quotient is None else ():
+                before = {i: self._memory.snapshot(i) for i in active}
+                info[active] = self._quotient.retract(before, self._memory.views, self._divisors)
+            for group in self._memory.groups(active) if self._quotient is None else ():
                 info[group] = self._retract(group).to(info.device)
         except BaseException:
             self._restore(active)
@@ -345,7 +310,7 @@ class Attachment:
 
     def _retract(self, group: list[int]) -> Tensor:
         """Steps 3 to 5 of the published step, in place; one row of info for each factor."""
-        moved, previous = [self._views[i] for i in group], [self._buffer(i) for i in group]
+        moved, previous = [self._memory.views[i] for i in group], [self._memory.snapshot(i) for i in group]
         divisors = [self._divisors[i] for i in group]
         if self._settings.retraction == "polar":
             return torch.ops.stella_kernels.project_retract_(moved, previous, divisors, self._settings.method)
@@ -365,9 +330,7 @@ class Attachment:
 
     def _restore(self, active: list[int]) -> None:
         """Give every factor its value before the step, wherever it lies now."""
-        self._follow_parameters()
-        for i in active:
-            self._views[i].copy_(self._buffer(i))
+        self._memory.restore(active)
         if self._quotient is not None:
             self._quotient.restore()
         self._guard.settle([self.factors[i] for i in active])
@@ -378,10 +341,10 @@ class Attachment:
             return
         active, self._active = self._active, None
         self._postponed.end()
-        self._follow_parameters()
+        self._memory.follow()
         touched = [i for i in active if not self._guard.untouched(self.factors[i])]
         moved = [i for i in touched if self._guard.off_manifold(self.factors[i])]  # else somebody has put it right
-        if self._quotient is not None or not all(bool(self._views[i].isfinite().all()) for i in moved):
+        if self._quotient is not None or not all(bool(self._memory.views[i].isfinite().all()) for i in moved):
             self._restore(active)
         elif moved:
             self._retract_moved(moved)

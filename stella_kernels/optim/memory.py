@@ -1,0 +1,76 @@
+"""Where factors lie and what they were before the step: views, snapshots, and the groups that one call can take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..nn import StiefelFactor
+from .guard import Place, place_of
+
+
+class Memory:
+    """The memory of factors, followed from step to step.
+
+    Attributes:
+        views: (n, r) each, the parameters' own memory.
+    """
+
+    def __init__(self) -> None:
+        self.views: list[Tensor] = []
+        self._factors: list[StiefelFactor] = []
+        self._places: list[Place] = []
+        self._snapshots: list[Tensor | None] = []  # reused by every step
+        self._grouped: tuple[list[int], list[list[int]]] = ([], [])  # factors last grouped, and their groups
+
+    def add(self, factors: Iterable[StiefelFactor]) -> None:
+        """These too."""
+        for factor in factors:
+            self._factors.append(factor)
+            self.views.append(factor.view)
+            self._places.append(place_of(factor.parameter))
+            self._snapshots.append(None)
+        self._grouped = ([], [])
+
+    def follow(self) -> None:
+        """Renew the views of parameters that were given other memory, by ``model.to(...)`` or ``p.data = …``."""
+        for i, factor in enumerate(self._factors):
+            place = place_of(factor.parameter)
+            if place != self._places[i]:
+                self.views[i], self._places[i] = factor.view, place
+                self._grouped = ([], [])
+
+    def snapshot(self, index: int) -> Tensor:
+        """Where a factor's value before the step is kept, as the factor lies now; its value moves along.
+
+        An optimizer that exchanges the parameter's memory within its step (``p.data = …``) may change device, dtype and
+        strides as well; the value before the step is needed all the more.
+        """
+        kept, view = self._snapshots[index], self.views[index]
+        if kept is None:
+            kept = self._snapshots[index] = torch.empty_like(view)
+        elif (kept.dtype, kept.device, kept.stride()) != (view.dtype, view.device, view.stride()):
+            kept = self._snapshots[index] = torch.empty_like(view).copy_(kept)
+        return kept
+
+    def restore(self, indices: Sequence[int]) -> None:
+        """Give factors their values before the step, wherever they lie now."""
+        self.follow()
+        for i in indices:
+            self.views[i].copy_(self.snapshot(i))
+
+    def forget(self) -> None:
+        """Free the snapshots."""
+        self._snapshots = [None] * len(self._factors)
+
+    def groups(self, indices: list[int]) -> list[list[int]]:
+        """The factors that one operator call can take: same device, same dtype. Remembered from step to step."""
+        if self._grouped[0] == indices:
+            return self._grouped[1]
+        groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for i in indices:
+            groups.setdefault((self.views[i].device, self.views[i].dtype), []).append(i)
+        self._grouped = (indices, list(groups.values()))
+        return self._grouped[1]
