@@ -13,7 +13,8 @@ from transformers import Trainer, TrainerCallback
 from ..diagnostics import Recorder, describe_off, off_manifold
 from ..nn import lost_masters, missing_factors_advice, stiefel_factors
 from ..optim import StellaAdamW, attach, targets
-from ..optim.attach import Attachment
+from ..optim.attachment import Attachment
+from ..optim.wrappers import hooked_optimizers
 from .config import StellaConfig
 from .layer import StellaLayer
 
@@ -88,8 +89,8 @@ def retracts_by_itself(optimizer: torch.optim.Optimizer, model: nn.Module) -> bo
     Raises:
         ValueError: it does, but not with the retraction, geometry and scaling of the adapter's configuration.
     """
-    inner = _unwrap_optimizer(optimizer)
-    if not isinstance(inner, StellaAdamW):
+    inner = next((one for one in hooked_optimizers(optimizer) if isinstance(one, StellaAdamW)), None)
+    if inner is None:
         return False
     check_trainable(model)
     own = {id(factor.parameter) for factor in inner.factors}
@@ -126,8 +127,7 @@ def attach_adapter(optimizer: torch.optim.Optimizer, model: nn.Module) -> Attach
     check_trainable(model)
     if grad_scaling is True and geometry != "euclidean":
         grad_scaling = _hidden_size(model)
-    inner = _unwrap_optimizer(optimizer)
-    return attach(inner, model, retraction=retraction, grad_scaling=grad_scaling, geometry=geometry)
+    return attach(optimizer, model, retraction=retraction, grad_scaling=grad_scaling, geometry=geometry)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -140,12 +140,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"params": [p for p in trainable if id(p) in constrained], "weight_decay": 0.0},
         {"params": [p for p in trainable if id(p) not in constrained], "weight_decay": weight_decay},
     ]
-
-
-def _unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = inner  # accelerate.AcceleratedOptimizer does not run step hooks itself
-    return optimizer
 
 
 def _off_after_training(model: nn.Module, steps: int) -> str | None:
@@ -200,7 +194,7 @@ class StellaTrainerMixin:
         model: nn.Module = self.model  # type: ignore[attr-defined]
         check_trainable(model)
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
-        inner = _unwrap_optimizer(optimizer)
+        inner = hooked_optimizers(optimizer)[0]
         if inner is not self._attached_to:
             if self.attachment is not None:
                 self.attachment.remove()
@@ -251,7 +245,7 @@ class StellaCallback(TrainerCallback):
             ValueError: a constrained factor is in a parameter group with weight decay, or see ``attach_adapter``.
         """
         check_trainable(kwargs["model"])
-        model, optimizer = kwargs["model"], _unwrap_optimizer(kwargs["optimizer"])
+        model, optimizer = kwargs["model"], hooked_optimizers(kwargs["optimizer"])[0]
         names = {id(factor.parameter): factor.name for factor in stiefel_factors(model)}
         for group in optimizer.param_groups:
             decayed = [names[id(p)] for p in group["params"] if id(p) in names]
