@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..checks import NonFiniteError, OffManifoldError, check_choice
 from ..nn import StiefelFactor, orthonormality_tolerance
@@ -26,20 +26,15 @@ from . import targets
 
 POLICIES = ("error", "retract")
 
-Place = tuple[int, torch.Size, tuple[int, ...], torch.dtype, torch.device]
-
-
-def place_of(parameter: Tensor) -> Place:
-    """Where a parameter lies, and how: another one when its memory was exchanged, by ``p.data = …`` for example."""
-    return parameter.data_ptr(), parameter.shape, parameter.stride(), parameter.dtype, parameter.device
-
 
 @dataclass
 class _Mark:
-    """How a step, or the attaching, left a factor."""
+    """How a step, or the attaching, left a factor; a step asks each factor, hence the two that cost least to ask."""
 
-    place: Place
+    pointer: int
     version: int
+    shape: torch.Size
+    slack: float  # round-off of any retraction to such a factor
     allowed: float  # ‖YᵀY − I‖ that may be found as the next step begins
 
 
@@ -60,8 +55,8 @@ class Guard:
     def watch(self, factors: Iterable[StiefelFactor]) -> None:
         """From now on these too, which were just found to be orthonormal."""
         for factor in factors:
-            mark = self._as_it_is(factor, orthonormality_tolerance(factor))
-            self._marks[id(factor.parameter)] = mark
+            p, allowed = factor.parameter, orthonormality_tolerance(factor)
+            self._marks[id(p)] = _Mark(p.data_ptr(), p._version, p.shape, _round_off(factor), allowed)
 
     def watches(self, factor: StiefelFactor) -> bool:
         """Whether it is one of them."""
@@ -69,8 +64,9 @@ class Guard:
 
     def untouched(self, factor: StiefelFactor) -> bool:
         """Whether memory and version counter are as the last step left them."""
-        mark, parameter = self._marks[id(factor.parameter)], factor.parameter
-        return mark.version == parameter._version and mark.place == place_of(parameter)
+        parameter = factor.parameter
+        mark = self._marks[id(parameter)]
+        return mark.version == parameter._version and mark.pointer == parameter.data_ptr()
 
     def off_manifold(self, factor: StiefelFactor) -> bool:
         """Whether it is farther from its manifold than the last step left it; measured."""
@@ -85,18 +81,18 @@ class Guard:
         """
         touched = [f for f in factors if every or not self.untouched(f)]
         for factor in touched:
-            shape = self._marks[id(factor.parameter)].place[1]
+            shape = self._marks[id(factor.parameter)].shape
             if factor.parameter.shape != shape:
                 raise OffManifoldError(
                     f"{factor.name}: found shape {tuple(factor.parameter.shape)} as optimizer.step() began, wanted "
                     f"{tuple(shape)}: something took its memory away, as an offload does. Bring it back first.",
                     [factor.name],
                 )
+        for factor in touched:
+            self._marks[id(factor.parameter)].slack = _round_off(factor)  # of another dtype perhaps
         targets.check_masters(touched)
         self.judge(touched, [distance(f) for f in touched], "Nothing was changed by this step")
-        for factor in touched:
-            mark = self._marks[id(factor.parameter)]
-            mark.place, mark.version = place_of(factor.parameter), factor.parameter._version
+        self.settle(touched)
 
     def judge(self, factors: Sequence[StiefelFactor], drifts: Sequence[float], state: str) -> None:
         """Raise for factors found farther from their manifolds than the last step left them, or retract those.
@@ -134,20 +130,20 @@ class Guard:
     def after_step(self, factors: Sequence[StiefelFactor], residuals: Sequence[float]) -> None:
         """Remember how a step left them; ``residuals`` are ``‖QᵀQ − I‖`` of its retractions."""
         for factor, residual in zip(factors, residuals, strict=True):
-            self._marks[id(factor.parameter)] = self._as_it_is(factor, _left_by(factor, residual))
+            parameter = factor.parameter
+            mark = self._marks[id(parameter)]
+            mark.pointer, mark.version = parameter.data_ptr(), parameter._version
+            mark.allowed = 2 * residual + mark.slack
 
     def settle(self, factors: Iterable[StiefelFactor]) -> None:
         """These were put back, or written by the step itself without moving: as they are, with what was allowed."""
         for factor in factors:
             mark = self._marks[id(factor.parameter)]
-            mark.place, mark.version = place_of(factor.parameter), factor.parameter._version
-
-    def _as_it_is(self, factor: StiefelFactor, allowed: float) -> _Mark:
-        return _Mark(place_of(factor.parameter), factor.parameter._version, allowed)
+            mark.pointer, mark.version = factor.parameter.data_ptr(), factor.parameter._version
 
 
-def _left_by(factor: StiefelFactor, residual: float) -> float:
-    """What may be found of a factor that a retraction left ``residual`` off.
+def _round_off(factor: StiefelFactor) -> float:
+    """What may be found of a factor beyond what its retraction reported.
 
     Rounding its result to storage moves QᵀQ by at most 2 u sqrt(r) with u = eps / 2, and forming YᵀY in the
     arithmetic's dtype errs by some w sqrt(r) (block sums, round-offs of random sign); both several times over.
@@ -155,7 +151,7 @@ def _left_by(factor: StiefelFactor, residual: float) -> float:
     r = factor.view.shape[1]
     dtype = factor.parameter.dtype
     w = torch.finfo(torch.float32 if dtype in targets.HALF_DTYPES else dtype).eps
-    return 2 * residual + (4 * torch.finfo(dtype).eps + 32 * w) * math.sqrt(r)
+    return (4 * torch.finfo(dtype).eps + 32 * w) * math.sqrt(r)
 
 
 def distance(factor: StiefelFactor) -> float:

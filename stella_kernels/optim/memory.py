@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from ..nn import StiefelFactor
-from .guard import Place, place_of
+
+Place = tuple[int, torch.Size, tuple[int, ...], torch.dtype, torch.device]
+
+
+def place_of(parameter: Tensor) -> Place:
+    """Where a parameter lies, and how: another one when its memory was exchanged, by ``p.data = …`` for example."""
+    return parameter.data_ptr(), parameter.shape, parameter.stride(), parameter.dtype, parameter.device
 
 
 class Memory:

@@ -10,7 +10,6 @@ from torch import Tensor
 from ..nn import StiefelFactor
 from ..reference import stiefel
 from . import targets
-from .guard import place_of
 
 # Columns of the operator's hyperparameters that are written at every step.
 LR, STEP = 0, 4
@@ -25,8 +24,7 @@ class Slot:
         self.parameter = factor.parameter
         self.group = 0
         self.view = factor.view  # (n, r), the parameter's own memory
-        self._place = place_of(self.parameter)  # as the last step found it
-        self._memory = (0, 0)  # where the moments lay then
+        self._memory = (self.view.data_ptr(), 0, 0)  # where the parameter and the moments lay at the last step
         self.divisor = stiefel.gradient_scaling_divisor(self.view.shape[0], hidden_size)
         self.state: dict[str, Any] = {}
         self.fresh = False
@@ -36,10 +34,10 @@ class Slot:
 
     def follow(self, state: dict[str, Any] | None) -> bool:
         """Renew what has changed since the last step; whether the parameter's own memory has."""
-        place = place_of(self.parameter)
-        moved = place != self._place
+        at = self.parameter.data_ptr()
+        moved = at != self._memory[0]
         if moved:
-            self.view, self._place = self.factor.view, place
+            self.view = self.factor.view
         self.fresh = not state
         if not state:
             scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32  # as torch does
@@ -49,8 +47,8 @@ class Slot:
                 "exp_avg_sq": torch.zeros_like(self.parameter, memory_format=torch.preserve_format),
             }
         m, v = state["exp_avg"], state["exp_avg_sq"]
-        memory = (m.data_ptr(), v.data_ptr())  # .data may have been replaced
-        if moved or memory != self._memory or m is not self.exp_avg or v is not self.exp_avg_sq:
+        memory = (at, m.data_ptr(), v.data_ptr())  # .data may have been replaced
+        if memory != self._memory or m is not self.exp_avg or v is not self.exp_avg_sq:
             self.exp_avg_view, self.exp_avg_sq_view = self._tall("exp_avg", state), self._tall("exp_avg_sq", state)
             self.exp_avg, self.exp_avg_sq, self._memory = m, v, memory
         step = state["step"]
