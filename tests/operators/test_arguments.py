@@ -336,20 +336,12 @@ def test_factors_of_no_size(dtype: torch.dtype, served: bool) -> None:
         return [torch.zeros(4, 0, dtype=dtype), orthonormal(6, 2).to(dtype), torch.zeros(0, 0, dtype=dtype)]
 
     hyperparameters = torch.tensor([[1e-3, 0.9, 0.99, 1e-8, 1.0, 1.0, 1.0]] * 3, dtype=torch.float64)
+    step: dict[str, Any] = {name: factors() for name in "abc"} | {"d": [f.abs() for f in factors()]}
+    step |= {"e": [torch.empty(0)] * 3, "f": hyperparameters, "g": False}
     for info in (
         call(served, "riemannian_gradient_", {"a": factors(), "b": factors(), "c": factors()}),
         call(served, "project_retract_", {"a": factors(), "b": factors(), "c": [1.0] * 3, "d": "auto"}),
-        call(
-            served,
-            "stella_adamw_",
-            {
-                **{name: factors() for name in "abc"},
-                "d": [f.abs() for f in factors()],
-                "e": [torch.empty(0)] * 3,
-                "f": hyperparameters,
-                "g": False,
-            },
-        ),
+        call(served, "stella_adamw_", step),
     ):
         assert info[:, 0].tolist() == [0.0] * 3
     for shape in ((2, 4, 0), (0, 0), (0, 5, 2), (3, 0, 4, 2)):
