@@ -65,10 +65,11 @@ def value(name: str) -> str:
 def check() -> None:
     """Raise ``ValueError`` for a variable of the prefix that there is not, and for a value that is no choice."""
     for name in sorted(os.environ):
-        if not name.startswith(PREFIX) or name in VARIABLES:
+        if not name.upper().startswith(PREFIX) or name in VARIABLES:
             continue
-        near = difflib.get_close_matches(name, VARIABLES, 1)
-        meant = f"did you mean {near[0]}? Else unset it" if near else "unset it"
+        ends = [known.removeprefix(PREFIX) for known in VARIABLES]
+        near = difflib.get_close_matches(name.upper().removeprefix(PREFIX), ends, 1)
+        meant = f"did you mean {PREFIX}{near[0]}? Else unset it" if near else "unset it"
         raise ValueError(f"{name}: found set, but there is no such variable, wanted {', '.join(VARIABLES)}; {meant}.")
     for name in VARIABLES:
         value(name)

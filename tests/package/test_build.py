@@ -154,6 +154,66 @@ def test_without_a_compiler(unpacked: Path, tmp_path: Path, mode: str) -> None:
         assert "the CPU library is NOT built; the pure-PyTorch reference will serve instead" in text
 
 
+# A cmake that makes the libraries named in MADE and then says that it failed, or did not.
+CMAKE = """#!{python}
+import os, pathlib, sys
+arguments = dict(a[2:].split("=", 1) for a in sys.argv if a.startswith("-D"))
+note = pathlib.Path({note!r})
+if arguments:
+    note.write_text(arguments["STELLA_KERNELS_OUTPUT"])
+else:
+    for name in os.environ["MADE"].split():
+        (pathlib.Path(note.read_text()) / name).write_text("library")
+    sys.exit(int(os.environ["FAILS"]))
+"""
+
+
+def pretended_build(folder: Path, mode: str, made: str, fails: bool) -> subprocess.CompletedProcess[str]:
+    """The build step alone, with that cmake, and with whatever else it looks for on the PATH."""
+    tools = folder / "tools"
+    tools.mkdir(exist_ok=True)
+    (tools / "cmake").write_text(CMAKE.format(python=sys.executable, note=str(folder / "note")))
+    for name in ("ninja", "c++"):
+        (tools / name).write_text("")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    return run(
+        sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder / "lib"),
+        "--build-temp", str(folder / "temp"), cwd=ROOT,
+        PATH=f"{tools}{os.pathsep}{os.environ['PATH']}", STELLA_KERNELS_BUILD=mode, MADE=made, FAILS=str(int(fails)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["auto", "cpu", "CPU"])
+def test_a_build_that_fails_leaves_no_library(tmp_path: Path, mode: str) -> None:
+    """Not the half of them that was made, and in what a wheel is packed from not those of an earlier build either."""
+    pytest.importorskip("pybind11")
+    package = tmp_path / "lib" / "stella_kernels"
+    assert pretended_build(tmp_path, mode, "_cpu.so _build_info.so", fails=False).returncode == 0
+    assert sorted(path.name for path in package.iterdir()) == ["_build_info.so", "_cpu.so"]
+    done = pretended_build(tmp_path, mode, "_cpu.so", fails=True)
+    if mode == "auto":
+        assert done.returncode == 0
+        assert "the CPU library is NOT built" in done.stderr
+        assert not list(package.iterdir())
+    else:
+        assert done.returncode != 0
+        assert "STELLA_KERNELS_BUILD=cpu failed" in done.stderr
+    assert pretended_build(tmp_path, mode, "_cpu.so _build_info.so", fails=False).returncode == 0
+    assert sorted(path.name for path in package.iterdir()) == ["_build_info.so", "_cpu.so"]
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_path_with_spaces_and_parentheses(unpacked: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "a (b) c" / "source"
+    shutil.copytree(unpacked, folder)
+    _, site = installed(folder, tmp_path / "out (d)", "cpu")
+    code = "from stella_kernels.operators import backends; print(backends.serving('polar'), backends.build_info())"
+    told = succeed(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site))
+    assert told.startswith("cpu <module 'stella_kernels._build_info'")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "message"),

@@ -225,7 +225,41 @@ def refusals() -> Iterator[Check]:
             named = "seed" if isinstance(value, float) and value == 0.5 else name
             missed = float(f"{named}" not in str(error) or "wanted" not in str(error))
         yield f"refuses {name}", "no error that names it", missed, 0.0
+    for name, value, wanted in (
+        ("y", y[:1].expand(6, 5), "several elements in one place"),
+        ("x", y[:, :4], "y: found memory that x has as well"),
+        ("x", t["x"].to_sparse(), "x: found layout torch.sparse_coo"),
+        ("U", t["U"].to(torch.complex64), "complex factors are not supported"),
+    ):
+        yield f"refuses {wanted}", "no error that names it", _missed(good | {name: value}, wanted), 0.0
     yield "refusals", "written", float(not torch.equal(y, t["y"])), 0.0
+    yield from _list_refusals()
+
+
+def _missed(arguments: dict[str, Any], wanted: str, operator: str = "adapter_forward_") -> float:
+    try:
+        OPERATORS[operator](*arguments.values())
+    except RuntimeError as error:
+        return float(wanted not in str(error))
+    return 1.0
+
+
+def _list_refusals() -> Iterator[Check]:
+    """Of lists, by place, and the first of the list is not written either; also where a table of addresses is kept."""
+    factors = [torch.eye(8, 2), torch.eye(8, 2)]
+    gradients = [torch.ones(8, 2), torch.ones(8, 2)]
+    good: dict[str, Any] = {"gradients": gradients, "factors": factors, "snapshots": []}
+    for value, wanted in (
+        (torch.ones(1, 2).expand(8, 2), "gradients[1]: found strides (0, 1)"),
+        (torch.ones(8, 2, dtype=torch.float64), "gradients[1]: found (8, 2), torch.float64"),
+        (torch.ones(8, 2).to_sparse(), "gradients[1]: found (8, 2), torch.float32 on cpu of layout torch.sparse_coo"),
+        (factors[1], "gradients[1]: found memory that factors[1] has as well"),
+        (gradients[0], "has as well"),
+    ):
+        for _ in range(2):
+            missed = _missed(good | {"gradients": [gradients[0], value]}, wanted, "riemannian_gradient_")
+            yield f"refuses {wanted}", "no error that names it", missed, 0.0
+    yield "refusals", "written", float(not torch.equal(gradients[0], torch.ones(8, 2))), 0.0
 
 
 CHECKS: tuple[Callable[[], Iterator[Check]], ...] = (
