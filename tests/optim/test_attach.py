@@ -257,9 +257,9 @@ def test_snapshot_memory_is_reused() -> None:
     optimizer = build(model.parameters())
     attachment = attach(optimizer, model)
     problem.train(model, optimizer, optimizer.step, 0, 1)
-    first = [b.data_ptr() for b in attachment._snapshot if b is not None]
+    first = [b.data_ptr() for b in attachment._memory._snapshots if b is not None]
     problem.train(model, optimizer, optimizer.step, 1, 3)
-    assert first == [b.data_ptr() for b in attachment._snapshot if b is not None]
+    assert first == [b.data_ptr() for b in attachment._memory._snapshots if b is not None]
     assert len(first) == 4
 
 
