@@ -210,7 +210,7 @@ def test_parameters_without_gradient_are_left_alone_and_steps_counted_as_in_torc
     assert all(torch.equal(after[f"second.{name}"], before[f"second.{name}"]) for name in ("U", "S", "Vt"))
     assert not torch.equal(after["first.U"], before["first.U"])
     assert optimizer.last_info is not None
-    assert optimizer.last_info.shape == (2, 4)
+    assert optimizer.last_info.shape == (2, 5)
     assert [float(optimizer.state[p]["step"]) for p in model.parameters()] == [3, 3, 3, 2, 2, 2]
     optimizer.zero_grad()
     optimizer.step()

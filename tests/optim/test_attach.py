@@ -85,7 +85,7 @@ def test_every_retraction_and_scaling(retraction: str, grad_scaling: bool | floa
     assert distance(values(model), values(reference)) < 1e-10
     assert worst_error(model) < 1e-13
     assert attachment.last_info is not None
-    assert attachment.last_info.shape == (4, 4)
+    assert attachment.last_info.shape == (4, 5)
     assert bool((attachment.last_info[:, 0] == 0).all())
     assert float(attachment.last_info[:, 1].max()) < 1e-13
 
@@ -183,7 +183,7 @@ def test_factors_without_gradient_are_left_alone() -> None:
     assert torch.equal(after["second.Vt"], before["second.Vt"])
     assert not torch.equal(after["first.U"], before["first.U"])
     assert attachment.last_info is not None
-    assert attachment.last_info.shape == (2, 4)
+    assert attachment.last_info.shape == (2, 5)
     optimizer.zero_grad()
     optimizer.step()  # nothing has a gradient
     assert identical(values(model), after)

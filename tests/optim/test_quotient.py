@@ -88,7 +88,7 @@ def test_equals_the_reference_step(build: str, retraction: str, grad_scaling: bo
     assert distance(values(models[0]), values(start)) > 1e-2
     assert distance(values(models[1]), values(models[0])) < 1e-9
     assert attachment.last_info is not None
-    assert attachment.last_info.shape == (4, 4)
+    assert attachment.last_info.shape == (4, 5)
     assert float(attachment.last_info[:, 1].max()) < 1e-13
     for f in stiefel_factors(models[1]):
         assert float(stiefel.orthonormality_error(f.view)) < 1e-13
