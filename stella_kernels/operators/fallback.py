@@ -71,11 +71,11 @@ def riemannian_gradient_(a: signatures.RiemannianGradient) -> Tensor:
         results.append(result if status == STATUS_OK else None)
     if any(status == STATUS_OVERFLOW and drift <= _NEAR_DRIFT for status, *_, drift in rows):
         return _info(rows)
-    for i, found in enumerate(results):
+    for i, riemannian in enumerate(results):
         if a.snapshots:
             a.snapshots[i].copy_(a.factors[i])
-        if found is not None:
-            a.gradients[i].copy_(found)
+        if riemannian is not None:
+            a.gradients[i].copy_(riemannian)
     return _info(rows)
 
 

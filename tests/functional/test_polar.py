@@ -38,7 +38,7 @@ def test_value(shape: tuple[int, ...], dtype: torch.dtype, method: str) -> None:
     assert Q.shape == M.shape
     assert Q.dtype == dtype
     matrices = math.prod(shape[:-2])
-    assert info.shape == (matrices, 4)
+    assert info.shape == (matrices, 5)
     assert info.dtype == torch.float64
     assert bool((info[:, 0] == 0).all())
     # the factor moves by at most 2 / (σ_min + σ_next) <= 1 times what M is perturbed by; an SVD perturbs it by about
@@ -94,7 +94,7 @@ def test_empty(shape: tuple[int, ...]) -> None:
     M = torch.empty(shape, requires_grad=True)
     Q, info = sk.polar(M, return_info=True)
     assert Q.shape == shape
-    assert info.shape == (math.prod(shape[:-2]), 4)
+    assert info.shape == (math.prod(shape[:-2]), 5)
     Q.sum().backward()
     assert M.grad is not None
     assert M.grad.shape == shape

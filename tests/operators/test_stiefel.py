@@ -217,7 +217,9 @@ def test_path_follows_the_condition(n: int) -> None:
         assert info.tolist()[0][3] == path
         assert info[0, 0] == status.STATUS_OK
         assert (info[0, 2] == 0) == (n == 9001 and path == status.PATH_NEWTON_SCHULZ)  # near the identity: the series
-        assert abs(info[0, 1] - (Q.double().mT @ Q.double() - torch.eye(16)).norm()) <= 8 * FLOAT_EPS * 16
+        # what the residual is bounded with, in units of round-off: verification/stiefel_runners.py
+        most = FLOAT_EPS / 2 * 4 * (2 + 1.25 * 4 + 8 * 17)
+        assert (Q.double().mT @ Q.double() - torch.eye(16)).norm() <= info[0, 1] <= most
 
 
 @native
@@ -298,8 +300,8 @@ def test_bad_arguments() -> None:
 
 
 def test_empty_lists() -> None:
-    assert kernels.riemannian_gradient_([], [], []).shape == (0, 4)
-    assert kernels.project_retract_([], [], [], "auto").shape == (0, 4)
+    assert kernels.riemannian_gradient_([], [], []).shape == (0, status.INFO_COLUMNS)
+    assert kernels.project_retract_([], [], [], "auto").shape == (0, status.INFO_COLUMNS)
 
 
 # ---- tracing ---------------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ STELLA_INLINE void gram_row(const T* a, int64_t a_leading, const T* b, int64_t b
   int64_t j = upper && i > at ? i - i % kGramColumns : at;
   for (; j < columns; j += kGramColumns) {
     // On the diagonal all terms have one sign, and if they are alike their round-offs do too: shorter sums there.
-    const int64_t step = upper && j < i + rows ? kFloatSumTerms * kLanes<T> : count;
+    const int64_t step = (upper && j < i + rows ? 1 : 3) * kFloatSumTerms * kLanes<T>;
     for (int64_t k = 0; k < count; k += step)
       gram_tile<T, rows>(a + i * a_leading + k, a_leading, b + j * b_leading + k, b_leading,
                          count - k < step ? count - k : step, columns - j, gram + i * order + j, order);

@@ -151,7 +151,8 @@ class RetractPasses {
 template <typename T>
 Limits retract_limits(const MatrixView& out, bool automatic) {
   if (std::is_same_v<T, double> && out.storage != Storage::float64)
-    return {automatic ? kWidenedConditionLimit : __builtin_inf(), residual_limit<float>(out.r) / 16.0};
+    return {automatic ? kWidenedConditionLimit : __builtin_inf(),
+            automatic ? residual_limit<float>(out.r) / 16.0 : residual_limit<float>(out.r)};
   if (std::is_same_v<T, float> || automatic) return {kConditionLimit, bounded_limit<T>(out.r)};
   return {__builtin_inf(), 1e-8};  // half of float64's digits: what has fewer has not converged
 }

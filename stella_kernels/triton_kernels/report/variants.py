@@ -11,7 +11,7 @@ import triton.language as tl
 from ..launch.configuration import FUSION, arithmetic, element, precision, tiles_for
 from ..stiefel.gradient import coupling_kernel, coupling_sum_kernel, subtract_kernel
 from ..stiefel.moves import ADAMW, POLAR, RETRACT
-from ..stiefel.options import gram_options, lays_apart, solve_options, update_options
+from ..stiefel.options import ATTEMPT, gram_options, lays_apart, solve_options, update_options
 from ..stiefel.passes import gram_kernel, update_kernel
 from ..stiefel.solve import solve_kernel
 from .adapter_variants import adapter_variants
@@ -63,7 +63,7 @@ def stiefel_variants(
     ):
         split = {"SPLIT": places["DRIFT"] and tiles.slab < R}
         yield variant(f"{name} coupling", coupling_kernel, places | split)
-        summed = places | tiles.streaming(R) | {"ITEMS": tiles.items}
+        summed = places | ATTEMPT | {"ITEMS": tiles.items}
         yield variant(f"{name} coupling sum", coupling_sum_kernel, summed, products=False, wide=False)
     yield variant("subtract", subtract_kernel, {"SNAPSHOTS": True, **tiles.streaming(R)})
     for name, KIND in (("polar", POLAR), ("retract", RETRACT), ("adamw", ADAMW)):

@@ -16,6 +16,7 @@ from .tiles import (
     MOVE,
     ROW,
     add_apart,
+    load_rows,
     load_square,
     load_tile,
     product,
@@ -145,10 +146,7 @@ def coupling_sum_kernel(
     parts = partials + first * (BLOCKS * R * R)
     drift = tl.full((), float("nan"), TO)
     if DRIFT:
-        i = tl.arange(0, R)
-        C = sum_partials(parts + R * R, count, BLOCKS * R * R, r, R, TO)
-        drift = norm_of(C - ((i[:, None] == i[None, :]) & (i < r)[:, None]).to(TO))
-        tl.debug_barrier()  # one matrix is in registers at a time
+        drift = drift_of(parts + R * R, count, BLOCKS * R * R, r, R, SLAB, TO)
     if known == 1:  # given in float32
         given = tl.load(header + 5).to(tl.pointer_type(tl.float32))
         K = load_given(given, header, r, R, TO)
@@ -202,6 +200,24 @@ def coupling_sum_kernel(
     row = tl.where(column == 0, status, tl.where(column == 1, residual, 0.0)).to(tl.float64)
     row = tl.where(column == 4, drift.to(tl.float64), row)
     tl.store(info + factor * 5 + column, row, mask=column < 5)
+
+
+@triton.jit
+def drift_of(base, count, stride, r, R: tl.constexpr, SLAB: tl.constexpr, TO: tl.constexpr):
+    """‖C − I‖, C the sum of ``count`` matrices as in :func:`sum_partials`, SLAB of its rows at a time."""
+    square = tl.zeros((SLAB, R), dtype=TO)
+    for first in range(0, R, SLAB):
+        rows, columns = first + tl.arange(0, SLAB), tl.arange(0, R)
+        total = load_rows(base, first, r, R, SLAB, TO)
+        lost = tl.zeros((SLAB, R), dtype=TO)
+        for k in range(1, count):
+            term = load_rows(base + k * stride, first, r, R, SLAB, TO) - lost
+            grown = total + term
+            lost = (grown - total) - term
+            total = grown
+        total -= ((rows[:, None] == columns[None, :]) & (rows < r)[:, None]).to(TO)
+        square += total * total
+    return tl.sqrt(tl.sum(tl.sum(square, axis=1), axis=0))
 
 
 @triton.jit

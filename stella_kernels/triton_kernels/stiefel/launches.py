@@ -62,7 +62,7 @@ def _couple(table: Table, settings: Tensor | None, info: Tensor) -> tuple[Tensor
     coupling_sum_kernel[(table.factors,)](
         *(table.rows, info if settings is None else settings, partials, largest, refused, couplings, state, info),
         **{"GRADIENT": GRADIENT, "FACTOR": FACTOR, "DRIFT": DRIFT, "ITEMS": table.tiles.items},
-        **common | table.tiles.streaming(R),
+        **common | options.ATTEMPT,
     )
     return couplings, state, refused
 

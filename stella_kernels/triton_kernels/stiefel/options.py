@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..launch.configuration import FUSION, GREEDY
 from .moves import RETRACT
 
+ATTEMPT = {"BLOCK": 16, "SLAB": 16}  # of what one program tries on all rows, seldom: a few registers
 PROGRAMS = 132  # of the solve, each with a workspace
 
 
