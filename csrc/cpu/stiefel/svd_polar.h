@@ -27,10 +27,11 @@ inline void rotate(double* a, double* b, double c, double s, int64_t n) {
 inline void householder_qr(double* A, int64_t n, int64_t r, double* R, double* tau) {
   for (int64_t j = 0; j < r; ++j) {
     double* v = A + j * n;
-    const double norm = __builtin_sqrt(dot(v + j, v + j, n - j));
+    const double square = dot(v + j, v + j, n - j), norm = __builtin_sqrt(square);
     for (int64_t i = 0; i < r; ++i) R[j * r + i] = i < j ? v[i] : 0.0;
     tau[j] = 0.0;
-    if (norm == 0.0) continue;
+    if (square < 1e-290)
+      continue;  // beside A's largest value, near one, it is zero; subnormal squares lose their digits
     const double beta = v[j] > 0.0 ? -norm : norm;
     const double head = v[j] - beta;  // same signs: no cancellation
     tau[j] = -head / beta;
@@ -58,6 +59,7 @@ inline bool jacobi_polar(double* B, double* W, int64_t r, double* X, int* sweeps
     if (square > largest) largest = square;
   }
   const double negligible = largest * unit * unit * 1e-4;  // squares of columns that are zero but for round-off
+  const double cutoff = __builtin_sqrt(largest) * unit * static_cast<double>(r);  // of columns that count as zero
   bool rotated = true;
   for (*sweeps = 0; rotated; ++*sweeps) {
     if (*sweeps == kMaximumSweeps) return false;
@@ -69,7 +71,8 @@ inline bool jacobi_polar(double* B, double* W, int64_t r, double* X, int* sweeps
         const double alpha = dot(bp, bp, r), beta = dot(bq, bq, r), gamma = dot(bp, bq, r);
         if (alpha <= negligible && beta <= negligible) continue;
         if (absolute(gamma) <= parallel * __builtin_sqrt(alpha) * __builtin_sqrt(beta)) continue;
-        if (absolute(gamma) <= negligible) continue;
+        // Of columns that count as zero below, which need not be orthogonal, and whose rotations would go on for ever.
+        if (absolute(gamma) <= negligible && (alpha <= cutoff * cutoff || beta <= cutoff * cutoff)) continue;
         const double zeta = (beta - alpha) / (2.0 * gamma);
         const double t = (zeta >= 0.0 ? 1.0 : -1.0) / (absolute(zeta) + __builtin_sqrt(1.0 + zeta * zeta));
         const double c = 1.0 / __builtin_sqrt(1.0 + t * t), s = c * t;
@@ -80,7 +83,6 @@ inline bool jacobi_polar(double* B, double* W, int64_t r, double* X, int* sweeps
   }
 
   // Normalise the columns with a singular value; complete the basis for the others, largest first.
-  const double cutoff = __builtin_sqrt(largest) * unit * static_cast<double>(r);
   double* norms = X;  // X is free until the last product
   for (int64_t j = 0; j < r; ++j) {
     norms[j] = __builtin_sqrt(dot(B + j * r, B + j * r, r));
