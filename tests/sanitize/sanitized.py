@@ -62,16 +62,18 @@ class Sanitized:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("STELLA_KERNELS_")}
         self._environment = inherited | _OPTIONS | {"LD_PRELOAD": preload, "PYTHONPATH": str(self.folder)}
 
-    def start(self, isa: str, *arguments: str) -> subprocess.Popen[str]:
-        """``python ARGUMENTS`` there."""
+    def start(self, isa: str, *arguments: str, lines: bool = True) -> subprocess.Popen[str]:
+        """``python ARGUMENTS`` there; reports name lines of source, which takes a second each, or libraries alone."""
         environment = self._environment | {"STELLA_KERNELS_ISA": isa}
+        if not lines:
+            environment["ASAN_OPTIONS"] += ":symbolize=0"
         return subprocess.Popen(
             [sys.executable, *arguments], cwd=self.folder, env=environment, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
-    def run(self, isa: str, *arguments: str) -> tuple[int, str]:
-        process = self.start(isa, *arguments)
+    def run(self, isa: str, *arguments: str, lines: bool = True) -> tuple[int, str]:
+        process = self.start(isa, *arguments, lines=lines)
         text, _ = process.communicate()
         return process.returncode, text
 
