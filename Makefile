@@ -34,7 +34,7 @@ ARM_PACKAGES ?= ziglang==0.17.1 unicorn==2.1.4
 # Random calls of the operators under sanitizers, for each instruction set: of `make sanitize`, and of the part of it
 # that `make test` runs.
 SANITIZE_CASES ?= 20000
-SANITIZE_SLICE ?= 400
+SANITIZE_SLICE ?= 300
 
 # An explicit mode: a build that cannot be done is an error here, never a silent fallback to the reference.
 export STELLA_KERNELS_BUILD ?= cpu

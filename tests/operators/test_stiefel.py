@@ -244,6 +244,22 @@ def test_each_matrix_of_a_batch_takes_its_own_path() -> None:
     assert kernels.polar(M, "auto")[1][:, 3].tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("smallest", [1e-13, 1e-15, 1e-17, 1e-160])
+@pytest.mark.parametrize("shape", [(8, 8), (60, 20)])
+def test_columns_near_round_off_become_orthonormal(shape: tuple[int, int], smallest: float) -> None:
+    """Of singular values between round-off and a hundred times that, two vectors are as orthogonal as any others."""
+    n, r = shape
+    law = 32 * torch.finfo(torch.float64).eps / 2 * r
+    for _ in range(20):
+        graded = torch.randn(n, r, dtype=torch.float64)
+        graded[:, r // 2 :] *= smallest
+        for M in (graded, graded @ orthonormal(r, r)):
+            Q, _ = kernels.polar(M, "svd")
+            assert (Q.mT @ Q - torch.eye(r)).norm() <= law
+            H = Q.mT @ M
+            assert (H - H.mT).norm() <= law * M.norm()
+
+
 @native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_newton_schulz_refuses_a_rank_deficient_matrix(dtype: torch.dtype) -> None:

@@ -28,7 +28,7 @@ def _sizes(random: Random) -> tuple[int, int, int, int]:
     m, n = (sizes_around(random, random.choice((40, 300, 2000))) for _ in range(2))
     if random.random() < 0.15:
         m = n
-    work = _WORK * random.choice((1, 1, 1, 6))
+    work = _WORK * random.choice((1,) * 9 + (6,))
     T = max(1, min(sizes_around(random, random.choice((20, 150, 600))), work // ((m + n) * r)))
     if random.random() < 0.06:
         sizes = [T, m, n, r]

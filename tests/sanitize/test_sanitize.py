@@ -14,7 +14,7 @@ if "STELLA_SANITIZED" not in os.environ:
     pytest.skip("STELLA_SANITIZED: wanted the folder that make sanitize builds in", allow_module_level=True)
 
 FOLDER = Path(os.environ["STELLA_SANITIZED"]).resolve()
-CASES = int(os.environ.get("STELLA_SANITIZED_CASES", "400"))
+CASES = int(os.environ.get("STELLA_SANITIZED_CASES", "300"))
 SETS = instruction_sets(FOLDER / "address")
 THREADS = FOLDER / "thread" / "threads"
 
@@ -26,7 +26,7 @@ def sanitized() -> Sanitized:
 
 def test_planted_faults_are_reported(sanitized: Sanitized) -> None:
     """A read or write of one element past the end of each argument of each operator; a misaligned one."""
-    status, text = sanitized.run(SETS[0], "-m", "tests.sanitize.planted")
+    status, text = sanitized.run(SETS[0], "-m", "tests.sanitize.planted", lines=False)
     assert text.count(": reported") >= 30, text
     assert status == 0, text
 

@@ -27,10 +27,11 @@ inline void rotate(double* a, double* b, double c, double s, int64_t n) {
 inline void householder_qr(double* A, int64_t n, int64_t r, double* R, double* tau) {
   for (int64_t j = 0; j < r; ++j) {
     double* v = A + j * n;
-    const double norm = __builtin_sqrt(dot(v + j, v + j, n - j));
+    const double square = dot(v + j, v + j, n - j), norm = __builtin_sqrt(square);
     for (int64_t i = 0; i < r; ++i) R[j * r + i] = i < j ? v[i] : 0.0;
     tau[j] = 0.0;
-    if (norm == 0.0) continue;
+    if (square < 1e-290)
+      continue;  // beside A's largest value, near one, it is zero; subnormal squares lose their digits
     const double beta = v[j] > 0.0 ? -norm : norm;
     const double head = v[j] - beta;  // same signs: no cancellation
     tau[j] = -head / beta;
