@@ -16,7 +16,7 @@ from torch import Tensor
 from stella_kernels.operators.fallback import REFERENCE
 from stella_kernels.reference import philox
 from tests.sanitize.case import Call, Complaints, away, round_offs
-from tests.sanitize.layouts import DTYPES, KINDS, Held, hold, sizes_around, values
+from tests.sanitize.layouts import DTYPES, KINDS, MOST_RANKS, Held, hold, sizes_around, values
 
 _PROBABILITIES = (0.0, 0.0, 0.0, 0.1, 0.5, 1e-12, 1.0 - 1e-12, 1.0)
 _WORK = 1_000_000  # (T + r) (m + n) r at most
@@ -24,7 +24,7 @@ _WORK = 1_000_000  # (T + r) (m + n) r at most
 
 def _sizes(random: Random) -> tuple[int, int, int, int]:
     """T, m, n, r."""
-    r = sizes_around(random, random.choice((8, 33, 130)))
+    r = sizes_around(random, random.choice(MOST_RANKS))
     m, n = (sizes_around(random, random.choice((40, 300, 2000))) for _ in range(2))
     if random.random() < 0.15:
         m = n

@@ -26,7 +26,7 @@ def make(seed: int, index: int) -> Call:
     """Case ``index`` of ``seed``."""
     random = Random(f"{seed}:{index}")
     generator = torch.Generator().manual_seed(random.getrandbits(62))
-    call = _MAKERS[OPERATORS[index % len(OPERATORS)]](random, generator)
+    call = _MAKERS[random.choice(OPERATORS)](random, generator)
     call.threads = random.choice((1, 1, 2, 3))
     return break_one(random, call) if random.random() < 0.2 else call
 

@@ -120,3 +120,4 @@ def values(random: Random, shape: tuple[int, ...], dtype: torch.dtype, kind: str
 
 KINDS = ("gaussian",) * 6 + ("huge", "tiny", "wide", "zero", "constant", "repeated", "not finite", "not finite")
 DTYPES = (torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MOST_RANKS = (8,) * 6 + (33,) * 3 + (130,)  # a Jacobi SVD of rank 130 takes a second under sanitizers

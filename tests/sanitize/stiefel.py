@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stella_kernels.reference import adamw, stiefel
 from tests.sanitize.case import Call, Complaints, away, not_orthonormal, round_offs, wrong_info
-from tests.sanitize.layouts import DTYPES, KINDS, Held, hold, sizes_around, values
+from tests.sanitize.layouts import DTYPES, KINDS, MOST_RANKS, Held, hold, sizes_around, values
 
 _SAFETY = 32.0
 _ALIKE = ("constant", "repeated")  # kinds of values with many equal ones
@@ -26,7 +26,7 @@ _WORK = 250_000  # n r², of most matrices; some have ten times as much
 def _shape(random: Random) -> tuple[int, int]:
     if random.random() < 0.04:
         return random.choice((0, 1, 5, 300)), 0
-    r = sizes_around(random, random.choice((8, 33, 130)))
+    r = sizes_around(random, random.choice(MOST_RANKS))
     most = max(r, min(12_000, int(_WORK * random.choice((1,) * 11 + (10,)) / (r * (r + 8)))))
     n = most if random.random() < 0.05 else max(r, sizes_around(random, most))
     return (r, r) if random.random() < 0.05 else (n, r)
