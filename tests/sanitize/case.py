@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stella_kernels.operators.status import INFO_COLUMNS
 from tests.sanitize.layouts import Held
 
 Complaints = list[str]  # what is wrong with a result; none where nothing is
@@ -105,6 +106,6 @@ def not_orthonormal(what: str, Q: Tensor, tolerance: float) -> Complaints:
 
 
 def wrong_info(info: Tensor, count: int) -> Complaints:
-    if info.shape != (count, 4) or info.dtype != torch.float64:
-        return [f"info: {tuple(info.shape)} {info.dtype}, wanted ({count}, 4) float64"]
+    if info.shape != (count, INFO_COLUMNS) or info.dtype != torch.float64:
+        return [f"info: {tuple(info.shape)} {info.dtype}, wanted ({count}, {INFO_COLUMNS}) float64"]
     return [] if set(info[:, 0].tolist()) <= {0.0, 1.0, 2.0} else [f"info: statuses {info[:, 0].tolist()}"]

@@ -34,7 +34,7 @@ def _calls() -> dict[str, dict[str, Any]]:
         "riemannian_gradient_": {"gradients": [tall["a"]], "factors": [tall["b"]], "snapshots": [tall["c"]]},
         "project_retract_": {"moved": [tall["a"]], "previous": [tall["b"]], "divisors": [1.0], "method": "auto"},
         "stella_adamw_": {**first, "exp_avg_sqs": [tall["d"].square()], "couplings": [torch.zeros(r, r)]}
-        | {"hyperparameters": hyperparameters, "skip_nonfinite": False},
+        | {"hyperparameters": hyperparameters},
         "philox_dropout": {"x": x, "p": 0.5, "seed": torch.tensor(7)},
         "adapter_forward_": {"y": grad_y, "x": x, **factors, **numbers},
         "adapter_product": {"x": x, "b": torch.randn(m), **factors, **numbers},
