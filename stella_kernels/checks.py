@@ -48,7 +48,7 @@ def check_float_tensor(argument: str, value: object) -> None:
         raise TypeError(f"{argument}: found {type(value).__name__}, wanted a torch.Tensor.")
     if value.dtype.is_complex:
         raise TypeError(
-            f"{argument}: found dtype {value.dtype}, wanted float32, float64, bfloat16 or float16; complex matrices "
+            f"{argument}: found dtype {value.dtype}, wanted float32, float64, bfloat16 or float16; complex factors "
             "are not supported."
         )
     if value.dtype not in FLOAT_DTYPES:

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stella_kernels import stella_linear
+from stella_kernels.operators import autograd, base_product
 from stella_kernels.operators.fallback import REFERENCE, _summed_over_rows
 
 SERVING = torch.ops.stella_kernels.adapter_backward_
@@ -75,8 +76,15 @@ class Allocated(TorchDispatchMode):
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_base_and_adapter_share_one_output_and_one_input_gradient(dtype: torch.dtype, p: float) -> None:
-    """On a plain frozen linear both products accumulate in place: nothing else grows as the activations do."""
+def test_base_and_adapter_share_one_output_and_one_input_gradient(
+    dtype: torch.dtype, p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a plain frozen linear both products accumulate in place: nothing else grows as the activations do.
+
+    Where the library has the base's product; else blocks of it are widened in turn (``base_product.py``).
+    """
+    for module in (autograd, base_product):
+        monkeypatch.setattr(module, "library_computes_in", lambda dtype: True)
     rows, m, n, r = 64, 48, 40, 2
     x, W = torch.randn(rows, n).to(dtype).requires_grad_(), torch.randn(m, n).to(dtype)
     factors = [t.requires_grad_() for t in (torch.randn(m, r), torch.randn(r, r), torch.randn(r, n))]

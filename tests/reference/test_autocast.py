@@ -102,7 +102,7 @@ def test_fallback(operator: str, dtype: torch.dtype) -> None:
             "polar": (moved, "auto"),
             "riemannian_gradient_": ([gradient], [u], []),
             "project_retract_": ([moved], [u], [1.0], "auto"),
-            "stella_adamw_": ([moved], [move], [gradient], [square], [torch.empty(0)], settings, False),
+            "stella_adamw_": ([moved], [move], [gradient], [square], [torch.empty(0)], settings),
             "philox_dropout": (x, 0.5, torch.tensor(3)),
             "adapter_forward_": (out, x, *layer),
             "adapter_product": (x, None, *layer),
