@@ -244,6 +244,17 @@ def test_each_matrix_of_a_batch_takes_its_own_path() -> None:
     assert kernels.polar(M, "auto")[1][:, 3].tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(9365, 1), (50_000, 3)])
+def test_round_offs_of_equal_values_do_not_add_up(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """A column of equal values: every round-off of a sum over it has the same sign."""
+    M = torch.full(shape, 0.7, dtype=dtype)
+    M[:: shape[1], 1:] = -0.7
+    Q, _ = kernels.polar(M, "svd")
+    law = 2 * 8 * torch.finfo(dtype).eps * shape[1]
+    assert (Q.mT.double() @ Q.double() - torch.eye(shape[1])).norm() <= law
+
+
 @pytest.mark.parametrize("smallest", [1e-13, 1e-15, 1e-17, 1e-160])
 @pytest.mark.parametrize("shape", [(8, 8), (60, 20)])
 def test_columns_near_round_off_become_orthonormal(shape: tuple[int, int], smallest: float) -> None:

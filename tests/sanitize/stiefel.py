@@ -44,9 +44,9 @@ def _point(random: Random, shape: tuple[int, int], dtype: torch.dtype, kind: str
 
 
 def _law(dtype: torch.dtype, n: int, r: int, alike: bool) -> float:
-    """Of orthonormality. Sums of n equal terms have round-offs of equal sign."""
+    """Of orthonormality. Sums over the rows are in float64; those of n equal terms have round-offs of equal sign."""
     u, w = round_offs(dtype)
-    return 2 * u + _SAFETY * w * math.sqrt(r) + (n * round_offs(torch.float64)[1] if alike else 0.0)
+    return 2 * u + _SAFETY * w * math.sqrt(r) + (n if alike else math.sqrt(n)) * round_offs(torch.float64)[1]
 
 
 def _finite(held: Held) -> bool:
@@ -118,6 +118,8 @@ def project_retract_(random: Random, generator: torch.Generator) -> Call:
             M = Y + stiefel.tangent_projection(Y, delta)
             singular = torch.linalg.svdvals(M) if bool(M.isfinite().all()) else torch.zeros(r)
             amplification = (1.0 + float(torch.linalg.vector_norm(delta))) / max(float(singular[-1]), 1e-300)
+            if not math.isfinite(amplification):
+                continue
             most = 16.0 if method == "auto" else max(amplification, 16.0)  # past that the path is float64's
             found += not_orthonormal(f"moved {i}", Q, most * _law(dtype, n, r, kind in _ALIKE))
             if kind == "gaussian":
@@ -151,6 +153,10 @@ def riemannian_gradient_(random: Random, generator: torch.Generator) -> Call:
                 found += [] if (status == 1.0) == refused[i] else [f"status {i}: {status}"]
                 written = [each for each in (G, *snapshots[i : i + 1]) if not each.unchanged()]
                 found += [f"factor {i}: written beside a gradient that is not finite"] if written else []
+                continue
+            if 3.0 in info[:, 0].tolist():  # of an overflow, which may stop all
+                found += [] if status != 3.0 or G.unchanged() else [f"gradient {i}: written with status 3"]
+                found += ["status: nothing overflows"] if kind == "gaussian" else []
                 continue
             if snapshots and not torch.equal(snapshots[i].view.nan_to_num(7.0), Y.view.nan_to_num(7.0)):
                 found.append(f"snapshot {i}: not the factor")

@@ -145,7 +145,7 @@ struct Results {
   void add(const std::vector<stella::Outcome>& outcomes) {
     for (const stella::Outcome& o : outcomes) {
       const double row[] = {static_cast<double>(o.status), o.residual, static_cast<double>(o.iterations),
-                            static_cast<double>(o.path)};
+                            static_cast<double>(o.path), o.drift};
       add(row, sizeof row);
     }
   }
@@ -182,7 +182,7 @@ void stiefel(const stella::Pool& pool, const std::vector<Shape>& shapes, Storage
   for (size_t i = 0; i < shapes.size(); ++i)
     adamw.push_back({factors[i].view, gradients[i].view, first[i].view, second[i].view, 1e-3, 0.9, 0.999, 1e-8, 0.1,
                      0.001, 1.0, 1.0, i % 3 == 1 ? couplings[i].data() : nullptr});
-  for (const bool skip : {false, true}) results.add(stella::adamw(pool, adamw, skip));
+  for (int step = 0; step < 2; ++step) results.add(stella::adamw(pool, adamw));
   results.add(factors);
   results.add(first);
   results.add(second);

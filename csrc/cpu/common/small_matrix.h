@@ -30,8 +30,15 @@ STELLA_INLINE int64_t add_products(const T* a, const T* b, int64_t n, T* total) 
   return i;
 }
 
+// Sums of long vectors in pairs of halves, down to 32 terms of each lane: the round-offs of equal terms are equal, and
+// a sum of thousands in turn would lose as many units.
 template <typename T>
 T dot(const T* a, const T* b, int64_t n) {
+  constexpr int64_t kLongest = 32 * kLanes<T>;
+  if (n > kLongest) {
+    const int64_t half = round_up(n / 2, kLongest);
+    return dot(a, b, half) + dot(a + half, b + half, n - half);
+  }
   T total = 0;
   int64_t i = add_products<Vector<T>>(a, b, n, &total);
   i += add_products<Four<T>>(a + i, b + i, n - i, &total);
