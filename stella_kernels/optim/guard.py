@@ -27,7 +27,7 @@ from . import targets
 POLICIES = ("error", "retract")
 
 
-@dataclass
+@dataclass(slots=True)
 class _Mark:
     """How a step, or the attaching, left a factor; a step asks each factor, hence the two that cost least to ask."""
 
@@ -79,7 +79,16 @@ class Guard:
             OffManifoldError, NonFiniteError: a factor is off its manifold; under 'retract' only where it cannot be
                 brought back.
         """
-        touched = [f for f in factors if every or not self.untouched(f)]
+        marks = self._marks
+        touched = [
+            f
+            for f in factors
+            if every
+            or (mark := marks[id(p := f.parameter)]).version != p._version
+            or mark.pointer != p.data_ptr()  # as ``untouched``, hundreds of times a step
+        ]
+        if not touched:
+            return
         for factor in touched:
             shape = self._marks[id(factor.parameter)].shape
             if factor.parameter.shape != shape:
@@ -102,7 +111,8 @@ class Guard:
             drifts: ``‖YᵀY − I‖`` of each, as the step began.
             state: what has become of the step, for the message.
         """
-        off = [(f, d) for f, d in zip(factors, drifts, strict=True) if not d <= self._marks[id(f.parameter)].allowed]
+        marks = self._marks
+        off = [(f, d) for f, d in zip(factors, drifts, strict=True) if not d <= marks[id(f.parameter)].allowed]
         if not off:
             return
         broken = [f.name for f, d in off if not math.isfinite(d)]
@@ -129,11 +139,13 @@ class Guard:
 
     def after_step(self, factors: Sequence[StiefelFactor], residuals: Sequence[float]) -> None:
         """Remember how a step left them; ``residuals`` are ``‖QᵀQ − I‖`` of its retractions."""
+        marks = self._marks
         for factor, residual in zip(factors, residuals, strict=True):
-            parameter = factor.parameter
-            mark = self._marks[id(parameter)]
-            mark.pointer, mark.version = parameter.data_ptr(), parameter._version
-            mark.allowed = 2 * residual + mark.slack
+            p = factor.parameter
+            mark = marks[id(p)]
+            mark.pointer = p.data_ptr()
+            mark.version = p._version
+            mark.allowed = 2.0 * residual + mark.slack
 
     def settle(self, factors: Iterable[StiefelFactor]) -> None:
         """These were put back, or written by the step itself without moving: as they are, with what was allowed."""
