@@ -296,10 +296,11 @@ class Attachment:
             "All factors were put back to their values before this step; the other parameters and the optimizer's "
             "state have taken it, so go on from a checkpoint"
         )
-        names = [self.factors[i].name for i, s in status.items() if s == STATUS_NON_FINITE]
+        names = [self.factors[i].name for i, s in status.items() if s in (STATUS_NON_FINITE, STATUS_OVERFLOW)]
         if names:
             raise NonFiniteError(
-                f"optimizer.step() moved {', '.join(names)} to NaN or an infinity. {back}, with a lower learning rate.",
+                f"optimizer.step() moved {', '.join(names)} to NaN or an infinity, or so far that its retraction "
+                f"overflows. {back}, with a lower learning rate.",
                 names,
             )
         names = [self.factors[i].name for i, s in status.items() if s != STATUS_OK]
