@@ -44,7 +44,11 @@ def load(way: str, base: nn.Module, saved: nn.Module, init: bool | str, folder: 
     elif way == "injected":
         settings = {"target_modules": ["up", "down"], "r": 3, "init_lora_weights": init}
         model = inject_adapter_in_model(StellaConfig(**settings), copy.deepcopy(base)).eval()
-        assert set_peft_model_state_dict(model, get_peft_model_state_dict(saved)).unexpected_keys == []
+        # Only newer PEFTs take the wrapper's prefix off by themselves.
+        state = {
+            key.removeprefix("base_model.model."): value for key, value in get_peft_model_state_dict(saved).items()
+        }
+        assert set_peft_model_state_dict(model, state).unexpected_keys == []
     elif way == "torch":
         model = build(base, init)
         model.load_state_dict(saved.state_dict(), strict=False)
