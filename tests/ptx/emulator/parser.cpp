@@ -113,10 +113,7 @@ class Parser {
     std::vector<std::string> dynamic;
     for (const auto& statement : parts(head, ";")) {
       const size_t at = statement.find(".shared");
-      if (at == std::string::npos) {
-        if (statement.find(".global") != std::string::npos) throw Fault("memory of a module, not known: " + statement);
-        continue;
-      }
+      if (at == std::string::npos) continue;  // memory of the module is not known, where an instruction names it
       const size_t open = statement.find('[', at);
       std::string name = trimmed(statement.substr(0, open));
       name = name.substr(name.find_last_of(" \t\n") + 1);
