@@ -75,26 +75,33 @@ def described(fn: Any, given: dict[str, Any], constexprs: list[str], warps: int)
 
 def build(launch: dict[str, Any], capability: int) -> None:
     """Make Triton's program of a launch for an NVIDIA chip; raises what Triton raises where that cannot be done."""
+    module, name = launch["kernel"].split(":")
+    kernel = getattr(importlib.import_module(module), name)
+    constants = dict(on_a_chip(launch["constants"])) | launch["specialised"]
+    signature = {argument: launch["signature"][argument] for argument in kernel.arg_names}
+    program(kernel, signature, constants, launch["warps"], capability)
+
+
+def program(kernel: Any, signature: dict[str, str], constants: dict[str, Any], warps: int, capability: int) -> str:
+    """Triton's program of a kernel for an NVIDIA chip, as it is before anything is inlined."""
     from triton._C.libtriton import ir
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.compiler.compiler import make_backend
 
-    module, name = launch["kernel"].split(":")
-    kernel = getattr(importlib.import_module(module), name)
-    constants = dict(on_a_chip(launch["constants"])) | launch["specialised"]
-    signature = {argument: launch["signature"][argument] for argument in kernel.arg_names}
     aligned = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(kernel, signature, constants, attrs=attributes)
     target = GPUTarget("cuda", capability, 32)
     backend = make_backend(target)
-    options = backend.parse_options({"num_warps": launch["warps"], "enable_fp_fusion": True})
+    options = backend.parse_options({"num_warps": warps, "enable_fp_fusion": True})
     context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
     functions = backend.get_codegen_implementation(options)
-    assert source.make_ir(target, options, functions, backend.get_module_map(), context).verify()
+    module = source.make_ir(target, options, functions, backend.get_module_map(), context)
+    assert module.verify()
+    return str(module)
 
 
 def on_a_chip(constants: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -62,7 +62,6 @@ def coupling_kernel(
     two only, SPLIT, the programs along the second axis take one each.
     """
     item, factor, n, r, begin = where_of(table, items)
-    begin = tl.multiple_of(begin, CHUNK)
     if item == 0:
         tl.store(refused, 0)
     known = tl.load(table + factor * _ROW + 4) != 0
@@ -248,7 +247,6 @@ def subtract_kernel(
 ):
     """∇ ← ∇ − Y K on a chunk of rows, and Y to its snapshot; nothing where any gradient is not finite."""
     _item, factor, n, r, begin = where_of(table, items)
-    begin = tl.multiple_of(begin, CHUNK)
     if tl.load(refused) == 0:
         moves = tl.load(state + factor) == _MOVE
         if SLAB == R:

@@ -20,6 +20,7 @@ from .tiles import (
     store_tile,
     times_square,
     where_of,
+    whole_vectors,
 )
 
 _ADAMW = tl.constexpr(ADAMW)
@@ -59,7 +60,6 @@ def gram_kernel(
     Nothing is done for a factor that is not to move, or for any where a gradient was refused.
     """
     item, factor, n, r, begin = where_of(table, items)
-    begin = tl.multiple_of(begin, CHUNK)
     first = tl.program_id(1) * SLAB
     proceed = True
     if KIND == _ADAMW:
@@ -144,9 +144,9 @@ def store_blocks(at, C, D, columns, r, KIND: tl.constexpr, R: tl.constexpr):
     """Columns of YᵀY, YᵀΔ and ΔᵀΔ of an item; ΔᵀY, of which C has the lower half, is the second's transpose."""
     rows = tl.arange(0, C.shape[0])
     at += rows[:, None] * R + columns[None, :]
-    tl.store(at, C, mask=(rows < r)[:, None] & (columns < r)[None, :])
+    tl.store(at, C, mask=whole_vectors(rows, columns, r))
     if KIND != _POLAR:
-        tl.store(at + R * R, D, mask=(rows % R < r)[:, None] & (columns < r)[None, :])
+        tl.store(at + R * R, D, mask=whole_vectors(rows % R, columns, r))
 
 
 @triton.jit
@@ -170,7 +170,6 @@ def update_kernel(
 ):
     """(Y + Δ) · scale + Y W + Δ F on a chunk of rows, in place; of POLAR Q = (M + M F) · scale."""
     _item, factor, n, r, begin = where_of(table, items)
-    begin = tl.multiple_of(begin, CHUNK)
     if tl.load(state + factor) == _MOVE:
         columns = tl.arange(0, R)
         KEPT: tl.constexpr = R == 16  # past that addresses do not fit beside the coefficients

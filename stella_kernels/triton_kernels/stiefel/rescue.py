@@ -40,9 +40,9 @@ def combined_tile(
     for k in range(0, r, T):
         columns = k + tl.arange(0, T)
         y, d = load_rows_of(table, factor, constants, start, rows, columns, n, r, KIND, STEPS, ELEMENT, INDEX)
-        total += product(d, block(W + R * R, k, first, R, 1, r, T), "ieee", tl.float64)
+        total += product(d, block(W + R * R, k, first, r, R, T), "ieee", tl.float64)
         if KIND != _POLAR:
-            total += product(y, block(W, k, first, R, 1, r, T), "ieee", tl.float64)
+            total += product(y, block(W, k, first, r, R, T), "ieee", tl.float64)
     return total
 
 

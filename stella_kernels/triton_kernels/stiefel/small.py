@@ -9,22 +9,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import product
+from .tiles import product, whole_vectors
 
 
 @triton.jit
-def block(base, i, j, row_step, column_step, r, T: tl.constexpr):
+def block(base, i, j, r, R: tl.constexpr, T: tl.constexpr):
     """Block with first element (i, j), zero outside (r, r)."""
     a, b = i + tl.arange(0, T), j + tl.arange(0, T)
-    offsets = (a * row_step)[:, None] + (b * column_step)[None, :]
-    return tl.load(base + offsets, mask=(a < r)[:, None] & (b < r)[None, :], other=0.0)
+    return tl.load(base + a[:, None] * R + b[None, :], mask=whole_vectors(a, b, r), other=0.0)
+
+
+@triton.jit
+def transposed_block(base, i, j, r, R: tl.constexpr, T: tl.constexpr):
+    """:func:`block` of the transpose."""
+    a, b = i + tl.arange(0, T), j + tl.arange(0, T)
+    return tl.load(base + a[:, None] + b[None, :] * R, mask=(a < r)[:, None] & (b < r)[None, :], other=0.0)
 
 
 @triton.jit
 def store_block(base, i, j, value, r, R: tl.constexpr, T: tl.constexpr):
     """The counterpart of :func:`block`, in row-major order."""
     a, b = i + tl.arange(0, T), j + tl.arange(0, T)
-    tl.store(base + a[:, None] * R + b[None, :], value, mask=(a < r)[:, None] & (b < r)[None, :])
+    tl.store(base + a[:, None] * R + b[None, :], value, mask=whole_vectors(a, b, r))
 
 
 @triton.jit
@@ -41,7 +47,7 @@ def multiply(a, b, out, r, R: tl.constexpr, T: tl.constexpr, PRECISION: tl.const
         for j in range(0, r, T):
             total = tl.zeros((T, T), dtype=TO)
             for k in range(0, r, T):
-                total += product(block(a, i, k, R, 1, r, T), block(b, k, j, R, 1, r, T), PRECISION, TO)
+                total += product(block(a, i, k, r, R, T), block(b, k, j, r, R, T), PRECISION, TO)
             store_block(out, i, j, total, r, R, T)
     tl.debug_barrier()
 
@@ -51,7 +57,7 @@ def combine(out, x, a, y, b, z, r, R: tl.constexpr, T: tl.constexpr, TO: tl.cons
     """out = x a + y b + z I, element by element; out may be a or b."""
     for i in range(0, r, T):
         for j in range(0, r, T):
-            value = x * block(a, i, j, R, 1, r, T) + y * block(b, i, j, R, 1, r, T)
+            value = x * block(a, i, j, r, R, T) + y * block(b, i, j, r, R, T)
             store_block(out, i, j, value + z * identity_block(i, j, r, T, TO), r, R, T)
     tl.debug_barrier()
 
@@ -61,8 +67,8 @@ def add_transposed(out, x, a, y, b, r, R: tl.constexpr, T: tl.constexpr):
     """out = x a + y (b + bᵀ); out may be a, not b."""
     for i in range(0, r, T):
         for j in range(0, r, T):
-            value = x * block(a, i, j, R, 1, r, T)
-            value += y * (block(b, i, j, R, 1, r, T) + block(b, i, j, 1, R, r, T))
+            value = x * block(a, i, j, r, R, T)
+            value += y * (block(b, i, j, r, R, T) + transposed_block(b, i, j, r, R, T))
             store_block(out, i, j, value, r, R, T)
     tl.debug_barrier()
 
@@ -72,10 +78,10 @@ def sum_into(out, partials, count, stride, r, R: tl.constexpr, T: tl.constexpr, 
     """out = the sum of ``count`` matrices ``stride`` apart, in their order, compensated (Kahan 1965)."""
     for i in range(0, r, T):
         for j in range(0, r, T):
-            total = block(partials, i, j, R, 1, r, T)
+            total = block(partials, i, j, r, R, T)
             lost = tl.zeros((T, T), dtype=TO)
             for k in range(1, count):
-                term = block(partials + k * stride, i, j, R, 1, r, T) - lost
+                term = block(partials + k * stride, i, j, r, R, T) - lost
                 grown = total + term
                 lost = (grown - total) - term
                 total = grown
@@ -89,7 +95,7 @@ def inner(a, b, r, R: tl.constexpr, T: tl.constexpr, TO: tl.constexpr):
     total = tl.zeros((T, T), dtype=TO)
     for i in range(0, r, T):
         for j in range(0, r, T):
-            total += block(a, i, j, R, 1, r, T) * block(b, i, j, R, 1, r, T)
+            total += block(a, i, j, r, R, T) * block(b, i, j, r, R, T)
     return tl.sum(tl.sum(total, axis=1), axis=0)
 
 
@@ -104,7 +110,7 @@ def trace_and_spread(a, r, R: tl.constexpr, T: tl.constexpr, TO: tl.constexpr):
         radius = tl.zeros((T,), dtype=TO)
         centre = tl.zeros((T,), dtype=TO)
         for j in range(0, r, T):
-            value = block(a, i, j, R, 1, r, T)
+            value = block(a, i, j, r, R, T)
             on = value * identity_block(i, j, r, T, TO)
             centre += tl.sum(on, axis=1)
             radius += tl.sum(tl.abs(value - on), axis=1)

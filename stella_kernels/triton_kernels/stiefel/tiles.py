@@ -170,26 +170,33 @@ def rows_from(begin, start, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def whole_vectors(rows, columns, r):
+    """Mask of (r, r) scratch: its rows in vectors of 4, for loads and stores of 16 bytes at any r.
+
+    What is stored past column r is zero, or NaN where the matrix has one too: the tiles it is made of are zero there.
+    """
+    return (rows < r)[:, None] & (columns // 4 < (r + 3) // 4)[None, :]
+
+
+@triton.jit
 def load_square(base, r, R: tl.constexpr, TO: tl.constexpr):
     """An (r, r) matrix of leading dimension R, zero outside."""
     i = tl.arange(0, R)
-    mask = (i < r)[:, None] & (i < r)[None, :]
-    return tl.load(base + i[:, None] * R + i[None, :], mask=mask, other=0.0).to(TO)
+    return tl.load(base + i[:, None] * R + i[None, :], mask=whole_vectors(i, i, r), other=0.0).to(TO)
 
 
 @triton.jit
 def load_rows(base, first, r, R: tl.constexpr, SLAB: tl.constexpr, TO: tl.constexpr):
     """Rows [first, first + SLAB) of an (r, r) matrix of leading dimension R, zero outside."""
     i, j = first + tl.arange(0, SLAB), tl.arange(0, R)
-    return tl.load(base + i[:, None] * R + j[None, :], mask=(i < r)[:, None] & (j < r)[None, :], other=0.0).to(TO)
+    return tl.load(base + i[:, None] * R + j[None, :], mask=whole_vectors(i, j, r), other=0.0).to(TO)
 
 
 @triton.jit
 def store_square(base, value, r, R: tl.constexpr):
     """The counterpart of :func:`load_square`."""
     i = tl.arange(0, R)
-    mask = (i < r)[:, None] & (i < r)[None, :]
-    tl.store(base + i[:, None] * R + i[None, :], value, mask=mask)
+    tl.store(base + i[:, None] * R + i[None, :], value, mask=whole_vectors(i, i, r))
 
 
 @triton.jit
