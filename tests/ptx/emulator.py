@@ -113,3 +113,37 @@ def unkind(flags: int, seed: int = 1) -> Iterator[None]:
         yield
     finally:
         library().ptx_set(EVERYTHING, 1)
+
+
+class Kernel:
+    """A kernel from its PTX's text: what Triton would have made of no program of ours."""
+
+    def __init__(self, text: str) -> None:
+        self.handle = library().ptx_load(text.encode())
+        if not self.handle:
+            raise RuntimeError(library().ptx_error().decode())
+
+    def run(self, *arguments: Tensor | int, blocks: int = 1, threads: int = 32, shared: int = 0) -> None:
+        """Launch; every parameter of the kernel is 64 bits, an address or a number."""
+        values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+        boxes = [ctypes.c_uint64(value) for value in values]
+        parameters = (ctypes.c_void_p * max(1, len(boxes)))(*(ctypes.addressof(box) for box in boxes))
+        if library().ptx_run(self.handle, blocks, threads, shared, parameters):
+            raise RuntimeError(library().ptx_error().decode())
+
+
+def known() -> list[str]:
+    """Opcodes of the emulator's table of instructions."""
+    return sorted(library().ptx_known().decode().split())
+
+
+def kernel_of(body: str, parameters: int, registers: str = "", memory: str = "") -> Kernel:
+    """A kernel around instructions. ``%a0`` and on are its parameters, ``%l`` is the thread."""
+    names = [f"p{i}" for i in range(parameters)]
+    loads = "".join(f"ld.param.b64 %a{i}, [{name}];\n" for i, name in enumerate(names))
+    return Kernel(
+        f".version 8.0\n.target sm_80\n.address_size 64\n{memory}\n.visible .entry kernel(\n"
+        + ",\n".join(f".param .b64 {name}" for name in names)
+        + f")\n{{\n.reg .b64 %a<{max(1, parameters)}>;\n.reg .b32 %l;\n{registers}\n"
+        + f"mov.u32 %l, %tid.x;\n{loads}{body}\nret;\n}}\n"
+    )

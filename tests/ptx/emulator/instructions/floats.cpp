@@ -1,5 +1,6 @@
 // Floating-point arithmetic, and the functions that PTX approximates.
 #include <cmath>
+#include <cstdlib>
 
 #include "formats.h"
 #include "table.h"
@@ -132,7 +133,8 @@ float within(double exact, int ulps, Launch& launch) {
   const float nearest = static_cast<float>(exact);
   if (!launch.unkind(kNoise) || !std::isfinite(nearest) || nearest == 0.0f) return nearest;
   const int step = static_cast<int>(launch.chance.below(2 * ulps + 1)) - ulps;
-  float moved = bits_as<float>(bits_as<uint32_t>(nearest) + static_cast<uint32_t>(step));
+  float moved = nearest;
+  for (int i = 0; i < std::abs(step); ++i) moved = std::nextafter(moved, step > 0 ? INFINITY : -INFINITY);
   const double unit = std::ldexp(1.0, std::max(std::ilogb(exact), -126) - 23);
   if (std::fabs(moved - exact) > ulps * unit) moved = std::nextafter(moved, nearest);
   return moved;
