@@ -14,6 +14,14 @@ def pytest_report_header() -> str:
     return f"PTX of sm_{os.environ.get('STELLA_PTX_ARCH', '80')}"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _emulator() -> None:
+    """Before any test's tensors."""
+    from tests.ptx import emulator
+
+    emulator.library()
+
+
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread: None) -> None:
     """The reference's products are small."""

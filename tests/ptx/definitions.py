@@ -175,6 +175,10 @@ def pairs(define: Callable[..., Array]) -> Callable[..., Array]:
 
 
 def bfloat16(a: Array) -> Array:
+    if a.dtype == np.float64:  # torch goes by way of float
+        a = np.array([nearest(Fraction(x), 8, -133) if np.isfinite(x) and x else x for x in a.tolist()])
+    with np.errstate(over="ignore"):
+        a = a.astype(np.float32)
     return torch.from_numpy(a.copy()).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
 
 

@@ -25,6 +25,7 @@ EVERYTHING = NOISE | TRUNCATE | RACES
 class Launch:
     """What a launch was and what it did. Bytes are of global memory, by every lane, whatever a cache would have."""
 
+    function: int  # which of the kernels that are loaded
     kernel: str
     grid: tuple[int, int, int]
     warps: int
@@ -38,6 +39,7 @@ class Launch:
 
 class _Record(ctypes.Structure):
     _fields_ = (
+        ("function", ctypes.c_void_p),
         ("kernel", ctypes.c_char_p),
         ("grid", ctypes.c_uint32 * 3),
         ("warps", ctypes.c_uint32),
@@ -103,6 +105,16 @@ def launches() -> list[Launch]:
         values = {name: getattr(record, name) for name, _ in _Record._fields_}
         found.append(Launch(**values | {"kernel": record.kernel.decode(), "grid": tuple(record.grid)}))
     return found
+
+
+@contextmanager
+def without_barrier(function: int, which: int) -> Iterator[None]:
+    """One of the barriers in a kernel's code is passed over."""
+    library().ptx_remove_barrier(function, which)
+    try:
+        yield
+    finally:
+        library().ptx_remove_barrier(function, -1)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ namespace {
 
 // A launch that ran, to its end or to its fault; as ctypes reads it.
 struct Record {
+  Handle function;
   const char* kernel;
   uint32_t grid[3];
   uint32_t warps;
@@ -68,7 +69,8 @@ CUresult launch(const LaunchConfig& config, Handle function, void** parameters) 
     result = kLaunchFailed;
   }
   const ptx::Counts& counts = launch.counts;
-  g_records.push_back({program.name.c_str(),
+  g_records.push_back({function,
+                       program.name.c_str(),
                        {config.grid_x, config.grid_y, config.grid_z},
                        launch.threads / ptx::kLanes,
                        program.barriers,

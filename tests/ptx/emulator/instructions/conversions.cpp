@@ -34,8 +34,13 @@ double value_of(uint64_t bits) {
 template <class T>
 uint64_t rounded_to_float(double value) {
   if constexpr (std::is_same_v<T, double>) return bits_as<uint64_t>(value);
-  const float narrow = static_cast<float>(value);
+  float narrow = static_cast<float>(value);
   if constexpr (std::is_same_v<T, float>) return bits_as<uint32_t>(narrow);
+  // On the way to 16 bits to odd, so that what is rounded twice is as if it were once.
+  if (std::isfinite(narrow) && static_cast<double>(narrow) != value) {
+    if (std::fabs(static_cast<double>(narrow)) > std::fabs(value)) narrow = std::nextafter(narrow, 0.0f);
+    narrow = bits_as<float>(bits_as<uint32_t>(narrow) | 1);
+  }
   if constexpr (std::is_same_v<T, Bfloat16>) return to_bfloat16(narrow);
   if constexpr (std::is_same_v<T, Half>) return to_half(narrow);
   return 0;
@@ -166,6 +171,10 @@ void add_conversions(Table& table) {
   table["cvt.rn.f32.f64"] = {convert<float, double, To::kNearest>, {4, 8}};
   table["cvt.f32.bf16"] = {convert<float, Bfloat16, To::kNearest>, {4, 2}};
   table["cvt.f32.f16"] = {convert<float, Half, To::kNearest>, {4, 2}};
+  table["cvt.f64.bf16"] = {convert<double, Bfloat16, To::kNearest>, {8, 2}};
+  table["cvt.f64.f16"] = {convert<double, Half, To::kNearest>, {8, 2}};
+  table["cvt.rn.bf16.f64"] = {convert<Bfloat16, double, To::kNearest>, {2, 8}};
+  table["cvt.rn.f16.f64"] = {convert<Half, double, To::kNearest>, {2, 8}};
   table["cvt.rn.bf16.f32"] = {convert<Bfloat16, float, To::kNearest>, {2, 4}};
   table["cvt.rn.f16.f32"] = {convert<Half, float, To::kNearest>, {2, 4}};
   table["cvt.rn.bf16x2.f32"] = {pack<to_bfloat16>, {4, 4, 4}};
