@@ -1,8 +1,7 @@
 """Every instruction of a lane's own that the emulator knows, by what PTX ISA says of it, in numpy.
 
-A row: opcode, type of the result, types of the operands, definition. Types are PTX's; ``h8`` and the like of 8 bits are in
-registers of 16. A definition takes arrays of the operands' types; what is approximate has a tolerance in units in the
-last place.
+A row: opcode, type of the result, types of the operands, definition. Types are PTX's; those of 8 bits are in registers
+of 16. A definition takes arrays of the operands' types; what is approximate has a tolerance in units in the last place.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class Row:
 
 
 def nearest(value: Fraction, digits: int, least: int, away: bool = False) -> float:
-    """The float of so many binary digits, with no unit below 2^least, next to a number; ties to even, or away from 0."""
+    """The float of so many digits, with no unit below 2^least, next to a number; ties to even, or away from zero."""
     if value == 0:
         return 0.0
     size = abs(value)
@@ -77,7 +76,8 @@ def high(a: Array, b: Array) -> Array:
 
 def quotient(a: Array, b: Array) -> Array:
     """Towards zero."""
-    out = [abs(int(x)) // abs(int(y)) * (1 if (x < 0) == (y < 0) else -1) if y else -1 for x, y in zip(a, b, strict=True)]
+    signs = [1 if (x < 0) == (y < 0) else -1 for x, y in zip(a, b, strict=True)]
+    out = [s * (abs(int(x)) // abs(int(y))) if y else -1 for s, x, y in zip(signs, a, b, strict=True)]
     return wrapped(out, a.dtype)
 
 
@@ -137,10 +137,8 @@ def funnel(left: bool, wrap: bool) -> Callable[..., Array]:
 
 def extreme(least: bool, nan: bool = False) -> Callable[..., Array]:
     def define(a: Array, b: Array) -> Array:
-        if nan:
-            out = np.minimum(a, b) if least else np.maximum(a, b)
-        else:
-            out = np.fmin(a, b) if least else np.fmax(a, b)
+        ways = (np.minimum, np.maximum) if nan else (np.fmin, np.fmax)
+        out = ways[0](a, b) if least else ways[1](a, b)
         equal = a == b  # -0 is less than +0
         return np.where(equal, np.where(np.signbit(a) == least, a, b), out)
 
@@ -204,8 +202,8 @@ def tf32(a: Array) -> Array:
 def to_integer(kind: type[np.generic], how: Callable[[Array], Array]) -> Callable[..., Array]:
     def define(a: Array) -> Array:
         limits = np.iinfo(kind)
-        whole = how(a)
-        out = [0 if np.isnan(x) else limits.max if x == np.inf else limits.min if x == -np.inf else int(x) for x in whole]
+        ends = {np.inf: int(limits.max), -np.inf: int(limits.min)}
+        out = [0 if np.isnan(x) else ends[x] if np.isinf(x) else int(x) for x in how(a)]
         return np.array([min(max(x, limits.min), limits.max) for x in out], dtype=kind)
 
     return define

@@ -1,6 +1,6 @@
 """Triton's own CUDA driver class on a libcuda that is not NVIDIA's: all of the host's code runs, without a GPU.
 
-``install(STUB)`` launches nothing, so that what remains is the host's time; ``install(EMULATOR)`` runs what is launched.
+``install(STUB)`` launches nothing, so that what remains is the host's time; ``install(EMULATOR)`` runs the launches.
 Kernels then take tensors of the CPU. Both are for a process of their own.
 """
 
@@ -46,8 +46,6 @@ def install(which: str, arch: int = 80) -> ctypes.CDLL:
             return GPUTarget("cuda", arch, 32)
 
     triton.runtime.driver.set_active(Driver())
-    properties = SimpleNamespace(
-        name=which, major=arch // 10, minor=arch % 10, multi_processor_count=MULTIPROCESSORS
-    )
+    properties = SimpleNamespace(name=which, major=arch // 10, minor=arch % 10, multi_processor_count=MULTIPROCESSORS)
     torch.cuda.get_device_properties = lambda device=None: properties
     return library

@@ -88,9 +88,7 @@ def test_reduction_without_a_result() -> None:
 def copied(size: int, read: str, wait: str) -> torch.Tensor:
     """32 copies of ``size`` bytes into shared memory, and what is read there after ``wait``."""
     given, out = torch.arange(32 * size // 4, dtype=torch.int32), torch.zeros(32 * size // 4, dtype=torch.int32)
-    load = "".join(
-        f"ld.shared.b32 %n, [%s+{4 * j}]; st.global.b32 [%at+{4 * j}], %n;" for j in range(size // 4)
-    )
+    load = "".join(f"ld.shared.b32 %n, [%s+{4 * j}]; st.global.b32 [%at+{4 * j}], %n;" for j in range(size // 4))
     cache = "cg" if size == 16 else "ca"
     body = f"""
     cvt.u64.u32 %i, %l; mad.lo.u64 %at, %i, {size}, %a0; mul.lo.u32 %s, %l, {size};

@@ -22,9 +22,9 @@ def emulated() -> list[Case]:
     mine = []
     for case in cases():
         kernel = f"{case.operator} {case.dtype} {case.shapes[0][-1]} {case.storage}"
-        if case.method != "svd" and max(shape[-1] for shape in case.shapes) <= MAX_RANK:
-            if zlib.crc32(kernel.encode()) % SHARDS == SHARD:
-                mine.append(case)
+        taken = case.method != "svd" and max(shape[-1] for shape in case.shapes) <= MAX_RANK
+        if taken and zlib.crc32(kernel.encode()) % SHARDS == SHARD:
+            mine.append(case)
     return mine
 
 

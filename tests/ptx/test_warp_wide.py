@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
-from functools import reduce
 from collections.abc import Callable
+from functools import reduce
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.ptx import emulator
 
 LANE = "cvt.u64.u32 %i, %l;"
 REGISTERS = ".reg .b64 %i; .reg .b64 %at; .reg .b32 %s;"
-
 
 
 def shuffled(mode: str, values: list[int], by: list[int], clamp: int, segment: int) -> list[int]:
@@ -40,7 +38,8 @@ def shuffled(mode: str, values: list[int], by: list[int], clamp: int, segment: i
 @pytest.mark.parametrize("mode", ["up", "down", "bfly", "idx"])
 @pytest.mark.parametrize("segment", [0, 0b11000, 0b10000])
 def test_shuffle(mode: str, segment: int) -> None:
-    values, by = torch.randint(-(2**31), 2**31, (32,), dtype=torch.int32), torch.randint(0, 32, (32,), dtype=torch.int32)
+    values = torch.randint(-(2**31), 2**31, (32,), dtype=torch.int32)
+    by = torch.randint(0, 32, (32,), dtype=torch.int32)
     clamp = 0 if mode == "up" else 31
     out = torch.zeros(32, dtype=torch.int32)
     body = f"""{LANE}
@@ -186,7 +185,8 @@ def test_product(name: str, flags: int) -> None:
     for j, (letter, count) in enumerate((("x", of_a), ("y", of_b), ("z", of_c))):
         body += f"mad.lo.u64 %at, %i, {bytes_ * count}, %a{j};"
         body += "".join(f"ld.global.{register} %{letter}{n}, [%at+{bytes_ * n}];" for n in range(count))
-    body += f"mma.sync.aligned.{name} {listed('z', of_c)}, {listed('x', of_a)}, {listed('y', of_b)}, {listed('z', of_c)};"
+    z = listed("z", of_c)
+    body += f"mma.sync.aligned.{name} {z}, {listed('x', of_a)}, {listed('y', of_b)}, {z};"
     body += f"mad.lo.u64 %at, %i, {bytes_ * of_c}, %a3;"
     body += "".join(f"st.global.{register} [%at+{bytes_ * n}], %z{n};" for n in range(of_c))
     registers = REGISTERS + "".join(f".reg .{register} %{letter}<4>;" for letter in "xyz")
@@ -198,7 +198,8 @@ def test_product(name: str, flags: int) -> None:
         for j in range(of_c):
             wanted, found = float(exact[place[lane][j]]), float(out[lane, j])
             unit = 2.0**-52 if bits == 64 else 2.0**-23
-            assert abs(found - wanted) <= unit * (4 * float(size[place[lane][j]]) if bits == 64 else max(abs(wanted), 1e-3))
+            scale = 4 * float(size[place[lane][j]]) if bits == 64 else max(abs(wanted), 1e-3)
+            assert abs(found - wanted) <= unit * scale
             if flags and bits < 64:
                 assert abs(found) <= abs(wanted), "cut towards zero"
 

@@ -82,7 +82,12 @@ CUresult launch(const LaunchConfig& config, Handle function, void** parameters) 
   return result;
 }
 
-const char* last_error() { return g_error.c_str(); }
+// Triton copies it to a buffer of a kilobyte; the whole is ptx_error()'s.
+const char* last_error() {
+  static std::string brief;
+  brief = g_error.substr(0, 700);
+  return brief.c_str();
+}
 
 EXPORT const char* ptx_error() { return g_error.c_str(); }
 

@@ -20,10 +20,17 @@ std::string place(const Instruction& instruction, const char* what, uint64_t add
 }
 
 void set_special(const Launch& launch, const Warp& warp, Shape at) {
-  const std::map<std::string, uint32_t> same = {
-      {"%tid.y", 0},           {"%tid.z", 0},           {"%ntid.x", launch.threads}, {"%ntid.y", 1},
-      {"%ntid.z", 1},          {"%ctaid.x", at.x},      {"%ctaid.y", at.y},          {"%ctaid.z", at.z},
-      {"%nctaid.x", launch.grid.x}, {"%nctaid.y", launch.grid.y}, {"%nctaid.z", launch.grid.z}};
+  const std::map<std::string, uint32_t> same = {{"%tid.y", 0},
+                                                {"%tid.z", 0},
+                                                {"%ntid.x", launch.threads},
+                                                {"%ntid.y", 1},
+                                                {"%ntid.z", 1},
+                                                {"%ctaid.x", at.x},
+                                                {"%ctaid.y", at.y},
+                                                {"%ctaid.z", at.z},
+                                                {"%nctaid.x", launch.grid.x},
+                                                {"%nctaid.y", launch.grid.y},
+                                                {"%nctaid.z", launch.grid.z}};
   for (const auto& special : launch.program.special) {
     uint32_t* lanes = reinterpret_cast<uint32_t*>(warp.file + special.second);
     for (int lane = 0; lane < kLanes; ++lane) {
@@ -91,7 +98,8 @@ void advance(Warp& warp, uint32_t budget) {
           break;
         case Instruction::Flow::kBarrier:
           if (instruction.barrier == launch.removed_barrier) break;
-          if (lanes != warp.alive() || lanes != kAll) instruction.fault("a barrier that not every lane of a warp is at");
+          if (lanes != warp.alive() || lanes != kAll)
+            instruction.fault("a barrier that not every lane of a warp is at");
           warp.waiting = true;
           same = false;
           break;
@@ -145,7 +153,8 @@ Allocation& Block::allocation(const Instruction& instruction, uint64_t address, 
   Allocation*& recent = launch.recent[instruction.index];
   if (!recent || address < recent->begin || address >= recent->end) {
     recent = Registry::one().holding(address);
-    if (recent && launch.unkind(kRaces)) recent->marks.cover(recent->end - recent->begin, launch.program.global_granule);
+    if (recent && launch.unkind(kRaces))
+      recent->marks.cover(recent->end - recent->begin, launch.program.global_granule);
   }
   if (!recent || address + bytes > recent->end) {
     throw Fault(place(instruction, "global memory, out of bounds", address, bytes));
@@ -153,7 +162,8 @@ Allocation& Block::allocation(const Instruction& instruction, uint64_t address, 
   return *recent;
 }
 
-void Block::read_global(const Instruction& instruction, const Warp& warp, uint64_t address, uint32_t bytes, void* into) {
+void Block::read_global(const Instruction& instruction, const Warp& warp, uint64_t address, uint32_t bytes,
+                        void* into) {
   Allocation& whole = allocation(instruction, address, bytes);
   launch.counts.bytes_read += bytes;
   std::memcpy(into, reinterpret_cast<const void*>(address), bytes);
@@ -191,7 +201,8 @@ uint32_t Block::update_global(const Instruction& instruction, const Warp& warp, 
   return before;
 }
 
-void Block::read_shared(const Instruction& instruction, const Warp& warp, uint64_t address, uint32_t bytes, void* into) {
+void Block::read_shared(const Instruction& instruction, const Warp& warp, uint64_t address, uint32_t bytes,
+                        void* into) {
   if (address % bytes) throw Fault(place(instruction, "shared memory, misaligned", address, bytes));
   if (address + bytes > shared.size()) throw Fault(place(instruction, "shared memory, out of bounds", address, bytes));
   std::memcpy(into, shared.data() + address, bytes);

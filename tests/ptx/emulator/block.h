@@ -145,9 +145,8 @@ struct Warp {
   }
 
   uint64_t address(const Operand& operand, int lane) const {
-    const uint64_t base = operand.based ? operand.width == 4 ? lanes_at<uint32_t>(operand)[lane]
-                                                             : lanes_at<uint64_t>(operand)[lane]
-                                        : 0;
+    const uint64_t base =
+        operand.based ? operand.width == 4 ? lanes_at<uint32_t>(operand)[lane] : lanes_at<uint64_t>(operand)[lane] : 0;
     return base + static_cast<uint64_t>(operand.displacement);
   }
 

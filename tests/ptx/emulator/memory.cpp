@@ -1,5 +1,6 @@
 #include "memory.h"
 
+#include <algorithm>
 #include <mutex>
 
 namespace ptx {
@@ -11,53 +12,53 @@ void Marks::cover(uint64_t bytes, int granule) {
   if (marks_.size() < count) marks_.resize(count);
 }
 
+namespace {
+
+enum class Past { kNone, kOtherWarp, kOtherBlock };
+
+// What a deed is to someone at a moment: no matter, or not ordered with what is done now.
+Past past(const Deed& deed, const Moment& moment) {
+  if (deed.when < moment.launch) return Past::kNone;
+  if (deed.when < moment.block || deed.elsewhere) return Past::kOtherBlock;
+  return deed.when == moment.now && deed.warp != moment.warp ? Past::kOtherWarp : Past::kNone;
+}
+
+void note(Deed& deed, const Moment& moment) {
+  deed.elsewhere = deed.when >= moment.launch && (deed.elsewhere || deed.when < moment.block);
+  deed.warp = deed.when == moment.now && deed.warp != moment.warp ? Deed::kMany : moment.warp;
+  deed.when = moment.now;
+}
+
+}  // namespace
+
 const char* Marks::read(uint64_t offset, uint64_t bytes, const Moment& moment) {
-  const char* conflict = nullptr;
+  Past worst = Past::kNone;
   for (uint64_t i = offset / granule_; i <= (offset + bytes - 1) / granule_; ++i) {
     Mark& mark = marks_[i];
-    if (mark.written >= moment.launch) {
-      if (mark.written < moment.block) {
-        conflict = "read of what another block of the launch wrote";
-      } else if (mark.written == moment.now && mark.writer != moment.warp) {
-        conflict = "read after another warp's write, with no barrier between";
-      }
-    }
-    if (mark.read >= moment.launch && mark.read < moment.block) {
-      mark.read_elsewhere = true;
-    } else if (mark.read < moment.launch) {
-      mark.read_elsewhere = false;
-    }
-    mark.reader = mark.read == moment.now && mark.reader != moment.warp ? Mark::kMany : moment.warp;
-    mark.read = moment.now;
+    worst = std::max(worst, past(mark.changed, moment));
+    note(mark.read, moment);
   }
-  return conflict;
+  return worst == Past::kNone        ? nullptr
+         : worst == Past::kOtherWarp ? "read after another warp's write, with no barrier between"
+                                     : "read of what another block of the launch wrote";
 }
 
 const char* Marks::write(uint64_t offset, uint64_t bytes, bool changes, const Moment& moment, bool atomic) {
-  if (!changes) return nullptr;
-  const char* conflict = nullptr;
+  Past over = Past::kNone, after = Past::kNone;
   for (uint64_t i = offset / granule_; i <= (offset + bytes - 1) / granule_; ++i) {
     Mark& mark = marks_[i];
-    const bool both_atomic = atomic && mark.atomic;
-    if (mark.written >= moment.launch && !both_atomic) {
-      if (mark.written < moment.block) {
-        conflict = "write over what another block of the launch wrote";
-      } else if (mark.written == moment.now && mark.writer != moment.warp) {
-        conflict = "write over another warp's write, with no barrier between";
-      }
+    if (changes) {
+      if (!atomic || !mark.atomic) over = std::max(over, past(mark.written, moment));
+      after = std::max(after, past(mark.read, moment));
+      note(mark.changed, moment);
     }
-    if (mark.read >= moment.launch) {
-      if (mark.read < moment.block || mark.read_elsewhere) {
-        conflict = "write over what another block of the launch read";
-      } else if (mark.read == moment.now && mark.reader != moment.warp) {
-        conflict = "write after another warp's read, with no barrier between";
-      }
-    }
-    mark.writer = moment.warp;
-    mark.written = moment.now;
     mark.atomic = atomic;
+    note(mark.written, moment);
   }
-  return conflict;
+  if (over == Past::kOtherBlock) return "write over what another block of the launch wrote";
+  if (over == Past::kOtherWarp) return "write over another warp's write, with no barrier between";
+  if (after == Past::kOtherBlock) return "write over what another block of the launch read";
+  return after == Past::kOtherWarp ? "write after another warp's read, with no barrier between" : nullptr;
 }
 
 Registry& Registry::one() {

@@ -10,16 +10,20 @@ namespace ptx {
 // Barriers and beginnings of blocks are counted through all launches, so that old marks need no clearing.
 using Time = uint32_t;
 
-// Who last changed and who last read a granule of memory.
-struct Mark {
+// When something was last done to a granule of memory, by which warp, and whether an earlier block of the same launch
+// did it as well.
+struct Deed {
   static constexpr int16_t kMany = -1;
 
-  Time written = 0;
-  Time read = 0;
-  int16_t writer = 0;  // a warp
-  int16_t reader = 0;
-  bool read_elsewhere = false;  // by an earlier block of the same launch, before this one's last read
-  bool atomic = false;          // the last change was one
+  Time when = 0;
+  int16_t warp = 0;
+  bool elsewhere = false;
+};
+
+// A store of the value that is there already is no change: all warps may store one value in one place.
+struct Mark {
+  Deed read, written, changed;
+  bool atomic = false;  // the last store was one
 };
 
 // What an access is judged by.
@@ -34,7 +38,7 @@ struct Moment {
 class Marks {
  public:
   void cover(uint64_t bytes, int granule);
-  // A conflict that the access makes, or null. `changes` is false where a store leaves memory as it is: that is none.
+  // A conflict that the access makes, or null.
   const char* read(uint64_t offset, uint64_t bytes, const Moment& moment);
   const char* write(uint64_t offset, uint64_t bytes, bool changes, const Moment& moment, bool atomic = false);
   void forget() { marks_.clear(); }

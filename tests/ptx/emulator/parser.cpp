@@ -73,8 +73,8 @@ int bytes_of(const std::string& type) {
   throw Fault("a type that is not known: " + type);
 }
 
-const char* const kSpecial[] = {"%tid.x",    "%tid.y",    "%tid.z",    "%ntid.x",   "%ntid.y",   "%ntid.z",  "%ctaid.x",
-                                "%ctaid.y",  "%ctaid.z",  "%nctaid.x", "%nctaid.y", "%nctaid.z", "%laneid"};
+const char* const kSpecial[] = {"%tid.x",   "%tid.y",   "%tid.z",    "%ntid.x",   "%ntid.y",   "%ntid.z", "%ctaid.x",
+                                "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z", "%laneid"};
 
 constexpr uint32_t kNowhere = ~0u;
 

@@ -47,10 +47,10 @@ struct Instruction {
   bool guarded = false;
   bool guard_negated = false;
   Operand guard;
-  int elements = 1;  // that a load or a store moves for a lane
+  int elements = 1;   // that a load or a store moves for a lane
   bool sign = false;  // whether a load extends it
-  int target = 0;   // of a branch
-  int barrier = 0;  // which of the kernel's barriers
+  int target = 0;     // of a branch
+  int barrier = 0;    // which of the kernel's barriers
 
   [[noreturn]] void fault(const std::string& what) const { throw Fault(what + ": " + text); }
 };
@@ -64,8 +64,8 @@ struct Program {
   std::string name;
   std::vector<Instruction> code;
   std::vector<Parameter> parameters;
-  uint32_t file_bytes = 0;          // registers of a warp
-  std::vector<uint8_t> constants;   // each for 32 lanes, in every width
+  uint32_t file_bytes = 0;                  // registers of a warp
+  std::vector<uint8_t> constants;           // each for 32 lanes, in every width
   std::map<std::string, uint32_t> special;  // places of %tid.x and its like, where they are used
   uint64_t static_shared = 0;
   int barriers = 0;

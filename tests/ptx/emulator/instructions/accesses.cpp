@@ -131,8 +131,7 @@ void copy_asynchronously(const Instruction& in, Warp& warp, uint32_t lanes) {
     Copy copy{warp.address(in.operands[0], lane), warp.address(in.operands[1], lane), 0, 0};
     copy.bytes = static_cast<uint32_t>(warp.bits(in.operands[2], lane));
     copy.read = in.operands.size() > 3 ? static_cast<uint32_t>(warp.bits(in.operands[3], lane)) : copy.bytes;
-    if ((copy.bytes != 4 && copy.bytes != 8 && copy.bytes != 16) ||
-        (copy.read != copy.bytes && copy.read != 0)) {
+    if ((copy.bytes != 4 && copy.bytes != 8 && copy.bytes != 16) || (copy.read != copy.bytes && copy.read != 0)) {
       in.fault("an asynchronous copy of another size than is known");
     }
     warp.block.write_shared(in, warp, copy.to, copy.bytes, nothing);
@@ -174,7 +173,10 @@ void wait_all(const Instruction& in, Warp& warp, uint32_t lanes) {
 
 template <bool kShared>
 Handler load_of(int bytes) {
-  return bytes == 1 ? load<kShared, 1> : bytes == 2 ? load<kShared, 2> : bytes == 4 ? load<kShared, 4> : load<kShared, 8>;
+  return bytes == 1   ? load<kShared, 1>
+         : bytes == 2 ? load<kShared, 2>
+         : bytes == 4 ? load<kShared, 4>
+                      : load<kShared, 8>;
 }
 
 template <bool kShared>
@@ -206,7 +208,7 @@ bool bind_access(Instruction& in, Program& program) {
       if (!loads || in.operands[1].kind != Operand::Kind::kParameter) in.fault("parameters are only loaded, by name");
       in.run = load_parameter;
     } else {
-      in.run = loads ? shared ? load_of<true>(access.bytes) : load_of<false>(access.bytes)
+      in.run = loads    ? shared ? load_of<true>(access.bytes) : load_of<false>(access.bytes)
                : shared ? store_of<true>(access.bytes)
                         : store_of<false>(access.bytes);
     }

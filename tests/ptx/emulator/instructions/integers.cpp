@@ -28,8 +28,9 @@ struct MultiplyLow {
 struct MultiplyHigh {
   template <class T>
   T operator()(T a, T b) const {
-    using Wide = std::conditional_t<sizeof(T) == 8, std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>,
-                                    std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>>;
+    using Wide =
+        std::conditional_t<sizeof(T) == 8, std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>,
+                           std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>>;
     return static_cast<T>((static_cast<Wide>(a) * static_cast<Wide>(b)) >> (8 * sizeof(T)));
   }
 };
@@ -141,7 +142,7 @@ void add_comparison(Table& table, const std::string& name, const std::string& ty
   table["setp." + name + "." + type] = {compare<T, Test>, {kPredicate, kWidth<T>, kWidth<T>}};
   for (const char* with : {"and", "or"}) {
     table["setp." + name + "." + with + "." + type] = {compare<T, Test>,
-                                                      {kPredicate, kWidth<T>, kWidth<T>, kPredicate}};
+                                                       {kPredicate, kWidth<T>, kWidth<T>, kPredicate}};
   }
 }
 

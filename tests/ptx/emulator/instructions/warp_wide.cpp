@@ -28,10 +28,7 @@ void shuffle(const Instruction& in, Warp& warp, uint32_t lanes) {
     const int by = static_cast<int>(b[lane] & 31), clamp = static_cast<int>(c[lane] & 31);
     const int segment = static_cast<int>(c[lane] >> 8 & 31);
     const int last = (lane & segment) | (clamp & ~segment), first = lane & segment;
-    int from = kMode == 'u'   ? lane - by
-               : kMode == 'd' ? lane + by
-               : kMode == 'b' ? lane ^ by
-                              : first | (by & ~segment);
+    int from = kMode == 'u' ? lane - by : kMode == 'd' ? lane + by : kMode == 'b' ? lane ^ by : first | (by & ~segment);
     const bool valid = kMode == 'u' ? from >= last : from <= last;
     if (!valid) from = lane;
     taken[lane] = a[from];
