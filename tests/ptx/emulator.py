@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from tests.ptx import driver
+
+T = TypeVar("T")
 
 # As in emulator/block.h.
 NOISE, TRUNCATE, RACES = 1, 2, 4
@@ -87,23 +89,17 @@ def operators() -> dict[str, Callable[..., Any]]:
     return registration.operators()
 
 
-def launches_of(run: Callable[[], object]) -> list[Launch]:
-    """What a call launches, in order, with what each launch issued and moved."""
+def observed(call: Callable[[], T]) -> tuple[T, list[Launch]]:
+    """What a call returns, and what it launches, in order, with what each launch issued and moved."""
     emulator = library()
     emulator.ptx_forget_launches()
-    run()
-    return launches()
-
-
-def launches() -> list[Launch]:
-    """Since they were last forgotten."""
-    emulator = library()
+    result = call()
     found = []
     for i in range(emulator.ptx_launches()):
         record = emulator.ptx_launch(i).contents
         values = {name: getattr(record, name) for name, _ in _Record._fields_}
         found.append(Launch(**values | {"kernel": record.kernel.decode(), "grid": tuple(record.grid)}))
-    return found
+    return result, found
 
 
 @contextmanager

@@ -234,13 +234,20 @@ void run(Launch& launch) {
   for (uint64_t i = 0; i < count; ++i) order[i] = i;
   shuffle(order, launch.chance);
   std::vector<uint8_t> files(static_cast<size_t>(launch.threads / kLanes) * launch.program.file_bytes);
-  for (uint64_t i : order) {
+  std::string stopped;
+  for (size_t place = 0; place < order.size() && stopped.empty(); ++place) {
+    const uint64_t i = order[place];
     const Shape at{static_cast<uint32_t>(i % launch.grid.x), static_cast<uint32_t>(i / launch.grid.x % launch.grid.y),
                    static_cast<uint32_t>(i / launch.grid.x / launch.grid.y)};
-    run_block(launch, at, files);
+    try {
+      run_block(launch, at, files);
+    } catch (const Fault& fault) {
+      stopped = fault.what();  // perhaps for a race before it
+    }
   }
+  if (launch.races.empty() && !stopped.empty()) throw Fault(stopped);
   if (launch.races.empty()) return;
-  std::string all = "races:";
+  std::string all = stopped.empty() ? "races:" : stopped + "; races:";
   for (const auto& race : launch.races) all += "\n  " + std::to_string(race.second) + " x " + race.first;
   throw Fault(all);
 }
