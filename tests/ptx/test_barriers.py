@@ -34,7 +34,7 @@ def test_each_barrier_removed(operator: str) -> None:
                     silent += 1
                 same = all(torch.equal(now, before) for now, before in zip(found, wanted, strict=True))
                 assert same, f"barrier {which} of {launch.kernel}: unreported, and results changed"
-    print(f"{operator}: {reported} barriers are reported, {silent} change nothing, {unreached} stand where nothing goes")
+    print(f"{operator}: {reported} barriers reported, {silent} that change nothing, {unreached} that nothing comes to")
     assert reported > silent, "a detector that misses most would pass"
 
 

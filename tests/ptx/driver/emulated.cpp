@@ -55,7 +55,9 @@ CUresult launch(const LaunchConfig& config, Handle function, void** parameters) 
                      program.static_shared + config.shared_bytes,
                      std::vector<uint8_t>(8 * program.parameters.size()),
                      g_unkindness,
-                     ptx::Chance(g_seed++)};
+                     ptx::Chance(g_seed),
+                     g_seed * 0x2545f4914f6cdd1dull};
+  ++g_seed;
   if (&program == g_removed_from) launch.removed_barrier = g_removed;
   for (size_t i = 0; i < program.parameters.size(); ++i) {
     if (!parameters[i]) continue;

@@ -35,7 +35,7 @@ struct Shape {
 // A source of random numbers that costs a few instructions.
 class Chance {
  public:
-  explicit Chance(uint64_t seed) : state_(seed * 0x9e3779b97f4a7c15ull + 1) {}
+  explicit Chance(uint64_t seed) : state_((seed ^ seed >> 29) * 0x9e3779b97f4a7c15ull | 1) { (*this)(); }
   uint32_t operator()() {
     state_ ^= state_ << 13;
     state_ ^= state_ >> 7;
@@ -56,6 +56,7 @@ struct Launch {
   std::vector<uint8_t> parameters;
   int unkindness;
   Chance chance;
+  uint64_t noise;            // another for each launch: which errors approximations have
   int removed_barrier = -1;  // of the program's, as if it were not there
   Time began = 0;
   Counts counts = {};

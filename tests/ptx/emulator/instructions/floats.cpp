@@ -128,11 +128,17 @@ struct OfPairs {
   }
 };
 
+// A random number that is the same for the same result: an approximation is one function of its operands, in every warp
+// that computes it.
+uint32_t drawn(double exact, const Launch& launch) {
+  return Chance(bits_as<uint64_t>(exact) ^ launch.noise).below(1u << 30);
+}
+
 // Some float no further than `ulps` units in the last place from the exact value: the nearest where nothing is unkind.
-float within(double exact, int ulps, Launch& launch) {
+float within(double exact, int ulps, const Launch& launch) {
   const float nearest = static_cast<float>(exact);
   if (!launch.unkind(kNoise) || !std::isfinite(nearest) || nearest == 0.0f) return nearest;
-  const int step = static_cast<int>(launch.chance.below(2 * ulps + 1)) - ulps;
+  const int step = static_cast<int>(drawn(exact, launch) % (2 * static_cast<uint32_t>(ulps) + 1)) - ulps;
   float moved = nearest;
   for (int i = 0; i < std::abs(step); ++i) moved = std::nextafter(moved, step > 0 ? INFINITY : -INFINITY);
   const double unit = std::ldexp(1.0, std::max(std::ilogb(exact), -126) - 23);
@@ -173,11 +179,11 @@ template <bool kFlush>
 void logarithm(const Instruction& in, Warp& warp, uint32_t lanes) {
   float* d = warp.lanes<float>(in.operands[0]);
   const float* a = warp.lanes<float>(in.operands[1]);
-  Launch& launch = warp.block.launch;
+  const Launch& launch = warp.block.launch;
   each(lanes, [&](int i) {
     const double exact = std::log2(static_cast<double>(kFlush ? flushed(a[i]) : a[i]));
     const double most = std::exp2(-22.6) * (a[i] > 0.5f && a[i] < 2.0f ? 1.0 : std::fabs(exact));
-    const double share = launch.unkind(kNoise) ? static_cast<double>(launch.chance.below(2001)) / 1000.0 - 1.0 : 0.0;
+    const double share = launch.unkind(kNoise) ? drawn(exact, launch) % 2001 / 1000.0 - 1.0 : 0.0;
     d[i] = static_cast<float>(std::isfinite(exact) ? exact + share * most : exact);
   });
 }
