@@ -217,10 +217,10 @@ found += [step([], rows), step([none], rows.float()), step([none], rows), step([
 Y, held = torch.linalg.qr(torch.randn(20, 4)).Q.bfloat16(), []
 for _ in range(3):
     held.append(table.table_of([[Y], [torch.randn_like(Y)], [torch.zeros_like(Y)], [torch.zeros_like(Y)]], steps=True))
-assert len({t.held[0].data_ptr() for t in held}) == 1 and len({t.rows.data_ptr() for t in held}) == 3
+assert len({t.held.tensors[0].data_ptr() for t in held}) == 1 and len({t.rows.data_ptr() for t in held}) == 3
 
 # a graph's tables outlive the cache, and it takes no settings from the host
-device.capturing = launches.capturing = lambda device: True
+device.capturing = launches.capturing = table.capturing = lambda device: True
 kept = table.table_of([[Y], [Y]])
 for _ in range(2 * table._KEPT):
     table.table_of([[torch.linalg.qr(torch.randn(20, 4)).Q]] * 2)

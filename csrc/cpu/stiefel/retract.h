@@ -80,14 +80,15 @@ bool retract_coefficients(const double* gram, int64_t r, const Limits& limits, d
   gram_of_moved<T>(C, A, G, r, tolerance);
   const SmallResult result = inverse_square_root<T>(G, r, tolerance, R);
   outcome->iterations += result.iterations;
-  // A step along Y cancels in G, and leaves there the round-off of the terms that cancelled.
+  // A step along Y cancels in G, and leaves there the round-off of the terms that cancelled. Q leaves that of Y, from
+  // which Y (I - B R) is taken: ||Y||_2^2 <= 1 + drift.
   double terms = 1.0, sum = 0.0;
   for (int64_t i = 0; i < r; ++i) {
     const double term = gram[(r + i) * order + r + i], left = G[i * leading + i];
     if (term > terms) terms = term;
     if (left > sum) sum = left;
   }
-  const double growth = terms > sum ? terms / sum : 1.0;
+  const double growth = (terms > sum ? terms / sum : 1.0) * __builtin_sqrt(1.0 + outcome->drift);
   if (!result.converged || !(result.condition * growth <= limits.condition)) return false;
   double condition = result.condition;
   if (!result.bounded) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from threading import RLock
 
 import torch
 import triton.language as tl
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from . import configuration
 from .configuration import Tiles, arithmetic, padded_rank
-from .device import keep_for_graphs
+from .device import Shared, capturing, keep_for_graphs, sent
 
 HEADER = 8
 FIELDS = 4
@@ -51,7 +52,8 @@ class Table:
     device: torch.device
     tiles: Tiles
     INDEX: tl.dtype
-    held: tuple[Tensor, ...]  # scratch that the table holds addresses of
+    shared: Shared  # the table itself
+    held: Shared  # scratch that it holds addresses of
 
     def scratch(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Uninitialised memory, of the arithmetic's dtype unless told."""
@@ -59,7 +61,8 @@ class Table:
 
 
 _tables: OrderedDict[tuple[object, ...], Table] = OrderedDict()
-_steps: OrderedDict[tuple[object, ...], tuple[Tensor, ...]] = OrderedDict()
+_steps: OrderedDict[tuple[object, ...], Shared] = OrderedDict()
+_one_at_a_time = RLock()  # of threads that look for a table
 
 
 def _identity(tensor: Tensor) -> tuple[object, ...]:
@@ -77,7 +80,8 @@ def table_of(
     Built once for the same memory: a step whose tensors stay where they are, and a captured CUDA graph, copy nothing.
     Gradients that ``zero_grad`` frees usually come back where they were; where not, the host builds another, some ms.
     ``steps`` adds float32 scratch of the factors' size as the fifth tensor. ``new`` is called, and may raise, before a
-    table is made of memory that was not met before.
+    table is made of memory that was not met before. A table that is made while a graph is captured is that graph's: it
+    has no contents before the first replay.
     """
     factors = columns[0]
     first = factors[0]
@@ -91,33 +95,42 @@ def table_of(
         tuple(_identity(t) for column in columns for t in column),
         tuple((*_identity(K), K.dtype) if K.numel() else None for K in couplings or ()),
     )
-    known = _tables.get(key)
-    if known is None:
-        if new is not None:
-            new()
-        known = _tables[key] = _build(columns, couplings, steps, R, tiles)
-        if len(_tables) > _KEPT:
-            _tables.popitem(last=False)
-    _tables.move_to_end(key)
+    with _one_at_a_time:
+        known = _tables.get(key)
+        if known is None:
+            if new is not None:
+                new()
+            known = _build(columns, couplings, steps, R, tiles)
+            if not capturing(first.device):
+                _tables[key] = known
+                if len(_tables) > _KEPT:
+                    _tables.popitem(last=False)
+        else:
+            _tables.move_to_end(key)
+        known.shared.use()
+        known.held.use()
     keep_for_graphs(first.device, known)
     return known
 
 
-def _steps_of(factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _steps_of(factors: Sequence[Tensor]) -> Shared:
     """Float32 scratch for the steps of these factors, the same at every call: gradients move, factors stay."""
     key = (factors[0].device, *map(_identity, factors))
-    if key not in _steps:
+    known = _steps.get(key)
+    if known is None:
+        sizes = [(r, (n + 3) // 4 * 4) for n, r in (Y.shape for Y in factors)]  # a column is whole vectors
+        known = Shared(*(torch.empty(size, dtype=torch.float32, device=factors[0].device) for size in sizes))
+        if capturing(factors[0].device):  # in the graph's own memory
+            return known
         if len(_steps) >= _KEPT:
             _steps.popitem(last=False)
-        sizes = [(r, (n + 3) // 4 * 4) for n, r in (Y.shape for Y in factors)]  # a column is whole vectors
-        _steps[key] = tuple(torch.empty(size, dtype=torch.float32, device=factors[0].device) for size in sizes)
-    return _steps[key]
+        _steps[key] = known
+    return known
 
 
 def _on(device: torch.device, values: Sequence[Sequence[int]]) -> Tensor:
     """int64 on the device, without waiting for it."""
-    here = torch.tensor(values, dtype=torch.int64)
-    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here.to(device)
+    return sent(torch.tensor(values, dtype=torch.int64), device)
 
 
 def _fields(tensor: Tensor) -> list[int]:
@@ -137,7 +150,7 @@ def _build(
     device = columns[0][0].device
     rows: list[list[int]] = []
     items: list[tuple[int, int]] = []
-    held = _steps_of(columns[0]) if steps else ()
+    held = _steps_of(columns[0]) if steps else Shared()
     reach = 0
     for i, tensors in enumerate(zip(*columns, strict=True)):
         n, r = tensors[0].shape
@@ -147,16 +160,17 @@ def _build(
         every = list(tensors)
         if steps:
             every += [tensors[0]] * (TENSORS - 1 - len(every))
-            every.append(held[i].mT[:n])
+            every.append(held.tensors[i].mT[:n])
         for tensor in every:
             row += _fields(tensor)
             # the furthest element that is addressed from a chunk's first row, masked ones among them
             reach = max(reach, abs(tensor.stride(0)) * tiles.chunk + abs(tensor.stride(1)) * R)
         rows.append(row + [0] * (HEADER + FIELDS * TENSORS - len(row)))
     assert all(len(row) == ROW for row in rows)
+    sent_rows, sent_items = _on(device, rows), _on(device, items)
     return Table(
-        rows=_on(device, rows),
-        items=_on(device, items),
+        rows=sent_rows,
+        items=sent_items,
         factors=len(rows),
         count=len(items),
         R=R,
@@ -164,5 +178,6 @@ def _build(
         device=device,
         tiles=tiles,
         INDEX=tl.int32 if reach < 2**31 else tl.int64,
+        shared=Shared(sent_rows, sent_items),
         held=held,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import RLock
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from ...operators import arguments, signatures
 from ...operators.status import INFO_COLUMNS
 from ..launch.configuration import FUSION, arithmetic, element, precision
-from ..launch.device import capturing, keep_for_graphs, on_device_of, target_arch, target_backend
+from ..launch.device import Shared, capturing, keep_for_graphs, on_device_of, sent, target_arch, target_backend
 from ..launch.table import Table, table_of
 from . import options
 from .gradient import coupling_kernel, coupling_sum_kernel, subtract_kernel
@@ -118,7 +119,7 @@ def _to_device(settings: Tensor, device: torch.device) -> Tensor:
             f"stella_adamw_: hyperparameters: found on {settings.device} while a CUDA graph is captured, which would "
             f"replay this step's learning rate and count for ever; wanted on {device}, written before each replay."
         )
-    return settings.pin_memory().to(device, non_blocking=True)
+    return sent(settings, device)
 
 
 def riemannian_gradient_(a: signatures.RiemannianGradient) -> Tensor:
@@ -137,20 +138,26 @@ def riemannian_gradient_(a: signatures.RiemannianGradient) -> Tensor:
     return info
 
 
-_divisors: dict[tuple[object, ...], Tensor] = {}
+_divisors: dict[tuple[object, ...], Shared] = {}
+_one_at_a_time = RLock()  # of threads that look for divisors
 
 
 def _settings_of(divisors: Sequence[float], device: torch.device) -> Tensor:
     """(k, 7) settings of which only the divisors count; the same every step, so that they are copied once."""
     key = (device, *divisors)
-    if key not in _divisors:
-        if len(_divisors) > 16:
-            _divisors.clear()
-        settings = torch.zeros(len(divisors), SETTINGS, dtype=torch.float64)
-        settings[:, 5] = torch.tensor(list(divisors), dtype=torch.float64)
-        _divisors[key] = settings.to(device)
-    keep_for_graphs(device, _divisors[key])
-    return _divisors[key]
+    with _one_at_a_time:
+        known = _divisors.get(key)
+        if known is None:
+            settings = torch.zeros(len(divisors), SETTINGS, dtype=torch.float64)
+            settings[:, 5] = torch.tensor(list(divisors), dtype=torch.float64)
+            known = Shared(sent(settings, device))
+            if not capturing(device):  # else they have no contents before the graph's first replay
+                if len(_divisors) > 16:
+                    _divisors.clear()
+                _divisors[key] = known
+        known.use()
+    keep_for_graphs(device, known)
+    return known.tensors[0]
 
 
 def project_retract_(a: signatures.ProjectRetract) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...operators import arguments, fallback, signatures
 from ...operators.status import INFO_COLUMNS, STATUS_NON_FINITE, STATUS_NOT_CONVERGED
 from ..launch.configuration import MAX_RANK
+from ..launch.device import runs_on
 from . import launches
 
 
@@ -29,7 +30,8 @@ def _groups(factors: Sequence[Tensor]) -> list[list[int]]:
 
 
 def _takes(factors: Sequence[Tensor]) -> bool:
-    return all(factor.shape[1] <= MAX_RANK for factor in factors)
+    """Whether the kernels have the ranks, and run on the GPUs."""
+    return all(factor.shape[1] <= MAX_RANK and runs_on(factor.device) for factor in factors)
 
 
 S = TypeVar("S", bound=signatures.Signature)
@@ -94,7 +96,7 @@ def polar(a: signatures.Polar) -> tuple[Tensor, Tensor]:
     M, method = a.M, a.method
     arguments.check_values(a)
     n, r = M.shape[-2:]
-    if method == "svd" or r > MAX_RANK or not M.numel():
+    if method == "svd" or r > MAX_RANK or not M.numel() or not runs_on(M.device):
         return fallback.polar(a)
     batch = M.reshape(-1, n, r)
     Q, info = launches.polar_of(batch)
