@@ -95,7 +95,12 @@ def floats() -> Iterator[Row]:
     yield Row("abs.ftz.f32", "f32", ("f32",), of.flushing(np.abs))
     yield Row("min.NaN.f32", "f32", ("f32", "f32"), of.extreme(least=True, nan=True))
     yield Row("max.NaN.f32", "f32", ("f32", "f32"), of.extreme(least=False, nan=True))
-    for name, define, count in (("add", np.add, 2), ("mul", np.multiply, 2), ("fma", of.fused, 3)):
+    for name, define, count in (
+        ("add", np.add, 2),
+        ("sub", np.subtract, 2),
+        ("mul", np.multiply, 2),
+        ("fma", of.fused, 3),
+    ):
         for rounding in ("rn.",) if name == "fma" else ("", "rn."):
             yield Row(f"{name}.{rounding}f32x2", "f32x2", ("f32x2",) * count, of.pairs(define))
 

@@ -88,6 +88,13 @@ struct MostOrNaN {
     return std::isnan(a) || std::isnan(b) ? T(NAN) : Most()(a, b);
   }
 };
+template <class F>
+struct OfThree {
+  template <class T>
+  T operator()(T a, T b, T c) const {
+    return F()(F()(a, b), c);
+  }
+};
 // The sign of the first and the magnitude of the second operand.
 struct CopySign {
   template <class T>
@@ -242,13 +249,16 @@ void add_floats(Table& table) {
   add_unary<float, AbsoluteFlushed>(table, "abs.ftz.f32");
   add_binary<float, LeastOrNaN>(table, "min.NaN.f32");
   add_binary<float, MostOrNaN>(table, "max.NaN.f32");
-  add_binary<uint64_t, OfPairs<Add>>(table, "add.rn.f32x2");
-  add_binary<uint64_t, OfPairs<Multiply>>(table, "mul.rn.f32x2");
-  add_ternary<uint64_t, OfPairs<MultiplyAdd>>(table, "fma.rn.f32x2");
-  for (const char* name : {"add", "mul", "fma"}) {
-    table[std::string(name) + ".f32x2"] = table[std::string(name) + ".rn.f32x2"];
+  add_ternary<float, OfThree<Least>>(table, "min.f32(3)");
+  add_ternary<float, OfThree<Most>>(table, "max.f32(3)");
+  add_ternary<float, OfThree<LeastOrNaN>>(table, "min.NaN.f32(3)");
+  add_ternary<float, OfThree<MostOrNaN>>(table, "max.NaN.f32(3)");
+  for (const char* rounding : {"", "rn."}) {
+    add_binary<uint64_t, OfPairs<Add>>(table, std::string("add.") + rounding + "f32x2");
+    add_binary<uint64_t, OfPairs<Subtract>>(table, std::string("sub.") + rounding + "f32x2");
+    add_binary<uint64_t, OfPairs<Multiply>>(table, std::string("mul.") + rounding + "f32x2");
   }
-  table.erase("fma.f32x2");
+  add_ternary<uint64_t, OfPairs<MultiplyAdd>>(table, "fma.rn.f32x2");
   add_approximate<ApproximateReciprocal>(table, "rcp");
   add_approximate<ApproximateRoot>(table, "sqrt");
   add_approximate<ApproximateReciprocalRoot>(table, "rsqrt");

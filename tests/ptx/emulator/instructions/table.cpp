@@ -53,7 +53,8 @@ void bind(Instruction& in, Program& program) {
   } else if (op == "trap") {
     in.run = trap;
   } else if (!bind_access(in, program)) {
-    const auto found = table().find(op);
+    auto found = table().find(op + "(3)");  // where there is one of two operands and one of three
+    if (found == table().end() || in.operands.size() != 4) found = table().find(op);
     if (found == table().end()) in.fault("an instruction that is not known");
     check(in, found->second.widths);
     in.run = found->second.run;
