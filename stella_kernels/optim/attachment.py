@@ -20,7 +20,7 @@ from .guard import Guard
 from .interruption import Postponed
 from .memory import Memory
 from .quotient import Product, QuotientStep
-from .roster import Roster
+from .roster import Family, Roster
 
 # Which attachments an optimizer has; weak on both sides, so that neither is kept alive.
 _attachments: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[Attachment]] = weakref.WeakKeyDictionary()
@@ -64,7 +64,7 @@ class Attachment:
         self.last_info: Tensor | None = None
         self._settings = settings
         self._optimizers = [weakref.ref(one) for one in optimizers]  # outermost first
-        self._roster = Roster(target, optimizers[0])
+        self._roster = Roster(target if isinstance(target, Family) else Family(target), optimizers[0])
         self._guard = Guard((), settings.on_foreign_move)
         self._constrained: dict[int, str] = {}  # id of the parameter: name
         self._memory = Memory()
@@ -102,6 +102,7 @@ class Attachment:
 
     def _constrain(self, factors: Sequence[StiefelFactor]) -> None:
         self.factors += tuple(factors)
+        self._roster.constrain(self.factors)
         for factor in factors:
             self._constrained[id(factor.parameter)] = factor.name
             divisor = stiefel.gradient_scaling_divisor(factor.view.shape[0], self._settings.hidden_size)
@@ -119,8 +120,7 @@ class Attachment:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and float(found_inf) > 0:
             return None  # a fused optimizer under GradScaler, which is about to skip this step by itself
-        self._guard.before_step(self.factors, every=self._quotient is not None)
-        self._memory.follow()
+        self._guard.before_step(every=self._quotient is not None)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
         if closure is None:
             self._begin(optimizer)
@@ -162,21 +162,21 @@ class Attachment:
 
     def _begin(self, optimizer: Optimizer) -> None:
         """Checks and rewrites the gradients, and keeps the factors as they are."""
-        moving, others, held = [], False, 0
+        moving, held = [], 0
         for parameters in [group["params"] for group in optimizer.param_groups]:
             for parameter in parameters:
                 if id(parameter) in self._constrained:
                     held += 1
                 elif parameter.grad is not None:
-                    others = True
                     moving.append(parameter)
         self._roster.check_held(self.factors, held)
         if new := self._roster.newcomers(moving):
             self._admit(optimizer, new)
         active = [i for i, f in enumerate(self.factors) if f.parameter.grad is not None]
-        self._roster.check_moving(self.factors, len(active), others)
+        self._roster.check_moving(self.factors, len(active))
+        self._memory.follow(active)
         gradients = {i: self._gradient(self.factors[i]) for i in active}
-        targets.check_finite_cores([self.factors[i] for i in active])
+        targets.check_finite_cores([self.factors[i] for i in active], self.factors)
         groups = self._memory.groups(active)
         attached = attachments_of(optimizer)
         # one call writes nothing when it finds a NaN; several have to be checked beforehand
@@ -263,7 +263,7 @@ class Attachment:
         try:
             if self._unevaluated:
                 self._unevaluated = False
-                self._guard.before_step(self.factors)  # it moved nothing, or says so
+                self._guard.before_step()  # it moved nothing, or says so
             elif self._active is not None:
                 active, self._active = self._active, None
                 self._retract_moved(active)
@@ -271,7 +271,7 @@ class Attachment:
             self._postponed.end()
 
     def _retract_moved(self, active: list[int]) -> None:
-        self._memory.follow()
+        self._memory.follow(active)
         info = torch.zeros(len(self.factors), INFO_COLUMNS, dtype=torch.float64, device="cpu")
         try:
             if self._quotient is not None:
@@ -342,7 +342,7 @@ class Attachment:
             return
         active, self._active = self._active, None
         self._postponed.end()
-        self._memory.follow()
+        self._memory.follow(active)
         touched = [i for i in active if not self._guard.untouched(self.factors[i])]
         moved = [i for i in touched if self._guard.off_manifold(self.factors[i])]  # else somebody has put it right
         if self._quotient is not None or not all(bool(self._memory.views[i].isfinite().all()) for i in moved):
@@ -352,7 +352,7 @@ class Attachment:
 
     def _when_copied(self) -> tuple[Callable[..., Any], Any]:
         one = self._alive()[0]
-        return _attach_copy, [(a.factors, a._settings, a._products()) for a in attachments_of(one)]
+        return _attach_copy, [(a.factors, a._settings, a._products(), a._roster.family) for a in attachments_of(one)]
 
     def _products(self) -> tuple[Product, ...]:
         return self._quotient.products if self._quotient is not None else ()
@@ -364,5 +364,5 @@ def _alive(references: Sequence[weakref.ref[Optimizer]]) -> list[Optimizer]:
 
 def _attach_copy(optimizer: Optimizer, attachments: list[tuple[Any, Settings, Any]]) -> None:
     """The geometry of the optimizer that ``optimizer`` is a copy of, on the copies of its factors."""
-    for factors, settings, products in attachments:
-        Attachment(wrappers.hooked_optimizers(optimizer), None, factors, settings, products)
+    for factors, settings, products, family in attachments:
+        Attachment(wrappers.hooked_optimizers(optimizer), family, factors, settings, products)

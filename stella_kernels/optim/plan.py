@@ -10,6 +10,7 @@ from torch import Tensor
 from ..nn import StiefelFactor
 from ..reference import stiefel
 from . import targets
+from .memory import has_memory
 
 # Columns of the operator's hyperparameters that are written at every step.
 LR, STEP = 0, 4
@@ -24,7 +25,6 @@ class Slot:
         self.parameter = factor.parameter
         self.group = 0
         self.view = factor.view  # (n, r), the parameter's own memory
-        self._memory = (self.view.data_ptr(), 0, 0)  # where the parameter and the moments lay at the last step
         self.divisor = stiefel.gradient_scaling_divisor(self.view.shape[0], hidden_size)
         self.state: dict[str, Any] = {}
         self.fresh = False
@@ -33,9 +33,11 @@ class Slot:
         )
 
     def follow(self, state: dict[str, Any] | None) -> bool:
-        """Renew what has changed since the last step; whether the parameter's own memory has."""
-        at = self.parameter.data_ptr()
-        moved = at != self._memory[0]
+        """Renew what has changed since the last step; whether the parameter's own memory has.
+
+        The views are asked where they point to: storage may have been freed under them, and its address given out again.
+        """
+        moved = self.parameter.data_ptr() != self.view.data_ptr()
         if moved:
             self.view = self.factor.view
         self.fresh = not state
@@ -47,10 +49,15 @@ class Slot:
                 "exp_avg_sq": torch.zeros_like(self.parameter, memory_format=torch.preserve_format),
             }
         m, v = state["exp_avg"], state["exp_avg_sq"]
-        memory = (at, m.data_ptr(), v.data_ptr())  # .data may have been replaced
-        if memory != self._memory or m is not self.exp_avg or v is not self.exp_avg_sq:
+        if (
+            moved
+            or m is not self.exp_avg
+            or v is not self.exp_avg_sq
+            or not m.data_ptr() == self.exp_avg_view.data_ptr() != 0  # .data may have been replaced
+            or not v.data_ptr() == self.exp_avg_sq_view.data_ptr() != 0
+        ):
             self.exp_avg_view, self.exp_avg_sq_view = self._tall("exp_avg", state), self._tall("exp_avg_sq", state)
-            self.exp_avg, self.exp_avg_sq, self._memory = m, v, memory
+            self.exp_avg, self.exp_avg_sq = m, v
         step = state["step"]
         if not step.is_cpu:  # of a fused AdamW; read here at every step
             step = state["step"] = step.cpu()
@@ -65,6 +72,11 @@ class Slot:
     def _tall(self, key: str, state: dict[str, Any]) -> Tensor:
         moment: Tensor = state[key]
         p = self.parameter
+        if not has_memory(moment):
+            raise ValueError(
+                f"{self.factor.name}: found a moment {key} whose storage was freed, wanted one in memory; bring the "
+                "optimizer's state back before the step."
+            )
         if (moment.device, moment.dtype, moment.shape) != (p.device, p.dtype, p.shape):
             raise ValueError(
                 f"{self.factor.name}: found a moment {key} of {tuple(moment.shape)}, {moment.dtype} on {moment.device} "
