@@ -18,9 +18,8 @@ from . import targets
 from .coupling import Couplings
 from .guard import Guard
 from .interruption import uninterrupted
-from .plan import LR, STEP, Plan, Slot
+from .plan import LR, STEP, Plan, Slot, check_state_dict, groups_of, reasons_to_skip, refuse_options, step_free
 from .roster import Family, Roster
-from .unconstrained import groups_of, refuse_options, step_free
 
 
 class StellaAdamW(AdamW):
@@ -175,10 +174,10 @@ class StellaAdamW(AdamW):
         """As in torch; that of ``torch.optim.AdamW`` over the same groups serves as well.
 
         Raises:
-            ValueError: an option that StellaAdamW does not have, amsgrad for example; nothing is changed.
+            ValueError: an option that StellaAdamW does not have, amsgrad for example, or the state of another
+                optimizer; nothing is changed.
         """
-        for group in state_dict.get("param_groups", ()):
-            refuse_options(group)
+        check_state_dict(state_dict)
         super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -236,7 +235,7 @@ class StellaAdamW(AdamW):
         # a write to .data can be brought back before the step only where every factor is measured
         self._guard.before_step(every=self._guard.policy == "retract")
         if self.skip_nonfinite:
-            if causes := self._non_finite(active, free):
+            if causes := reasons_to_skip(self._slots, active, free):
                 targets.refuse_values(self._factors, "Nothing was changed by this step")
                 self.skipped.update(causes)
                 return
@@ -248,15 +247,6 @@ class StellaAdamW(AdamW):
                 step_free(self, group, parameters)
         if moved_elsewhere is not None:
             raise moved_elsewhere
-
-    def _non_finite(self, active: list[Slot], free: list[list[Tensor]]) -> list[str]:
-        """Names of what has a gradient with NaN or infinity."""
-        names = {id(slot.factor.core): f"S beside {slot.factor.name}" for slot in reversed(self._slots)}
-        given = [(slot.factor.name, slot.parameter.grad) for slot in active]
-        for index, parameters in enumerate(free):
-            given += [(names.get(id(p), f"param_groups[{index}]"), p.grad) for p in parameters]
-        gradients = [gradient for _, gradient in given if gradient is not None]
-        return sorted({given[i][0] for i in targets.non_finite(gradients)})
 
     def _free_parameters(self) -> tuple[list[list[Tensor]], list[StiefelFactor]]:
         """The unconstrained parameters of each group that have a gradient, and factors of the model among them.

@@ -123,16 +123,17 @@ def refuse_values(factors: Sequence[StiefelFactor], state: str) -> None:
 
     Asked before a gradient is blamed: with such a value every gradient is NaN, whatever the batch.
     """
-    found: dict[str, str] = {}
-    for factor in factors:
-        for parameter, what in ((factor.parameter, ""), (factor.core, "the S beside ")):
-            if parameter is not None and has_memory(parameter) and not bool(parameter.detach().isfinite().all()):
-                found.setdefault(factor.name, what)
-    if found:
+    values: dict[int, tuple[Tensor, str, str]] = {}
+    for f in factors:
+        values.setdefault(id(f.parameter), (f.parameter.detach(), f.name, f.name))
+        if f.core is not None:
+            values.setdefault(id(f.core), (f.core.detach(), f"the S beside {f.name}", f.name))
+    bad = [(what, name) for v, what, name in values.values() if has_memory(v) and not bool(v.isfinite().all())]
+    if bad:
         raise NonFiniteError(
-            f"the value of {', '.join(what + name for name, what in found.items())} holds NaN or an infinity, found as "
-            f"optimizer.step() began, and no other batch helps. {state}; load a sound checkpoint.",
-            list(found),
+            f"the value of {', '.join(what for what, _ in bad)} holds NaN or an infinity, found as optimizer.step() "
+            f"began, and no other batch helps. {state}; load a sound checkpoint.",
+            [name for _, name in bad],
         )
 
 
