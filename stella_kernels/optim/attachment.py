@@ -98,8 +98,8 @@ class Attachment:
         """Take the hooks off the optimizer; the factors keep their values. Does nothing the second time."""
         for hook in self._hooks:
             hook.remove()
-        for one in self._company():
-            one._planned = None
+        for other in self._company():
+            other._planned = None
         self._hooks.clear()
         self._active = None
         self._memory.forget()
@@ -386,7 +386,7 @@ def _when_copied(reference: weakref.ref[Optimizer]) -> tuple[Callable[..., Any],
     return _attach_copy, [(a.factors, a._settings, a._products(), a._roster.family) for a in own]
 
 
-def _attach_copy(optimizer: Optimizer, attachments: list[tuple[Any, Settings, Any]]) -> None:
+def _attach_copy(optimizer: Optimizer, attachments: list[tuple[Any, Settings, Any, Family]]) -> None:
     """The geometry of the optimizer that ``optimizer`` is a copy of, on the copies of its factors."""
     for factors, settings, products, family in attachments:
         Attachment(wrappers.hooked_optimizers(optimizer), family, factors, settings, products)

@@ -44,7 +44,7 @@ class Family:
     def members(self, frozen: bool = True) -> list[StiefelFactor]:
         """All factors, or those that train now."""
         roots = self._roots()
-        found = {}
+        found: dict[int, StiefelFactor] = {}
         for prefix, module in roots:
             for f in stiefel_factors(module, frozen):
                 found.setdefault(id(f.parameter), replace(f, name=f"{prefix}.{f.name}") if prefix else f)

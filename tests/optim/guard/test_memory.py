@@ -229,6 +229,34 @@ def test_a_huge_finite_value_is_off_its_manifold(kind: str, by_data: bool) -> No
             assert off(model) < 1
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cast_of_data_between_steps_is_named(kind: str) -> None:
+    model, optimizer = layer_and_optimizer(kind)
+    backward(model, optimizer)
+    optimizer.step()
+    backward(model, optimizer)
+    U = model[0].U
+    gradient, U.grad = U.grad, None
+    U.data = U.data.bfloat16()
+    U.grad = gradient.bfloat16()
+    with pytest.raises(ValueError, match=r"0\.U: found torch\.bfloat16, wanted torch\.float32"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("by_data", [False, True])
+def test_a_move_not_far_above_round_off_is_found(kind: str, by_data: bool) -> None:
+    model, optimizer = layer_and_optimizer(kind)
+    backward(model, optimizer)
+    optimizer.step()
+    backward(model, optimizer)
+    U = model[0].U
+    with torch.no_grad():
+        (U.data if by_data else U).mul_(1 + 1e-5)  # ‖QᵀQ − I‖ = 4e-5, where round-off is 1e-6
+    with pytest.raises(OffManifoldError, match=r"0\.U: found"):
+        optimizer.step()
+
+
 def test_columns_that_are_dependent_have_no_nearest_point() -> None:
     model = StellaLinear(nn.Linear(24, 24), r=4)
     with torch.no_grad():
