@@ -51,8 +51,9 @@ class StellaAdamW(AdamW):
         on_foreign_move: what to do with a factor that something else has moved off its manifold since its last step,
             found as a step begins (``optim.guard``): 'error', or 'retract' to go on from its orthogonal polar factor,
             for training that averages or interpolates weights (each step then measures every factor beforehand).
-        skip_nonfinite: where any gradient holds NaN or infinity the whole step is left out, moments and step counts
-            too, and counted in ``skipped``, instead of the error below.
+        skip_nonfinite: where any gradient holds NaN or infinity, or that of a factor is so large that its square may
+            overflow, the whole step is left out, moments and step counts too, and counted in ``skipped``, instead of
+            the error below. Not where a value is at fault: every later step would be left out.
         maximize: as in ``torch.optim.AdamW``.
         foreach: as there, of the other parameters.
         fused: as there, of the other parameters.
@@ -72,7 +73,8 @@ class StellaAdamW(AdamW):
         NonFiniteError: a factor holds NaN or an infinity.
 
     ``step(closure=None)`` raises, with nothing changed, ``ValueError`` for options that are not supported and for
-    factors that are in no group any more, ``RuntimeError`` for a sparse gradient or where no factor has one,
+    factors that are in no group any more, that the model has replaced, or that alone train and are in no optimizer,
+    ``RuntimeError`` for a sparse gradient or where no factor has one in three steps,
     ``OffManifoldError`` for a factor that something else moved, ``NonFiniteError`` naming the factors whose gradient,
     or whose S's gradient, holds NaN or infinity. A write to ``.data`` leaves no trace but the distance itself, which is
     known when the step is taken: the ``OffManifoldError`` then comes after the whole step. A factor whose own value or
