@@ -20,7 +20,7 @@ SHARD, SHARDS = (int(part) for part in os.environ.get("STELLA_PTX_SHARD", "0/1")
 
 
 def quickly(case: Case) -> bool:
-    """One padded rank; of the Stiefel operators float32 alone, whose solve takes long to compile, and that once each."""
+    """One padded rank; of the Stiefel operators float32 alone, and their solve, which takes long to compile, once."""
     narrow = max(shape[-1] for shape in case.shapes) <= 16
     dtypes = (torch.float32, torch.bfloat16) if case.kind in ("adapter", "mask") else (torch.float32,)
     solved_once = case.operator not in ("project_retract_", "stella_adamw_") or len(case.shapes) > 1
