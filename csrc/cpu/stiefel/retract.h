@@ -208,6 +208,17 @@ void retract_by_svd(const RetractJob& job, Outcome* outcome) {
   retract_by_svd(Y, D, job.moved, outcome);
 }
 
+// What is orthonormal to half of float64's digits, to all of them: its own polar factor, in place.
+void polish(const MatrixView& factor, Outcome* outcome) {
+  if (outcome->residual <= bounded_limit<double>(factor.r)) return;
+  PolarJob again{};
+  again.in = again.out = factor;
+  Outcome second;
+  if (!polar_newton_schulz<double>(again, 1.0, kConditionLimit, &second)) return;
+  outcome->residual = second.residual;
+  outcome->iterations += second.iterations;
+}
+
 void retract(const RetractJob& job, Method method, Outcome* outcome) {
   const int64_t n = job.moved.n, r = job.moved.r;
   *outcome = Outcome();
@@ -218,6 +229,7 @@ void retract(const RetractJob& job, Method method, Outcome* outcome) {
   if (method != Method::svd) {
     const bool done = wide ? retract_newton_schulz<double>(job, automatic, outcome)
                            : retract_newton_schulz<float>(job, automatic, outcome);
+    if (done && wide && !automatic) polish(job.moved, outcome);
     if (done) return;
   }
   if (!all_finite(job.moved) || !all_finite(job.previous)) {

@@ -20,6 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ...operators.memory import extent
 from ...operators.signatures import Signature
 from .device import capturing, target_backend
 
@@ -89,14 +90,6 @@ def unrecorded() -> Iterator[None]:
         yield
     finally:
         _state.recorder = before
-
-
-def _extent(tensor: Tensor) -> int:
-    """Bytes from the first element to past the last; strides of torch are never negative."""
-    if not tensor.numel():
-        return 0
-    steps = ((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (sum(steps) + 1) * tensor.element_size()
 
 
 class Planned:
@@ -206,7 +199,7 @@ def _plan_of(recorder: _Recorder, tensors: list[Tensor | None], addresses: list[
             values.append(value)
         x, y, z, *_ = (*grid, 1, 1)
         launches.append(_Launch(compiled.run, (x, y, z), compiled.function, compiled.packed_metadata, values, places))
-    extents = [0 if tensor is None else _extent(tensor) for tensor in tensors]
+    extents = [extent(t) * t.element_size() if t is not None and t.numel() else 0 for t in tensors]
     kinds = [(each.shape, each.dtype) for each in results]
     return _Plan(launches, kinds, total, isinstance(result, Tensor), extents, results[0].device)
 
