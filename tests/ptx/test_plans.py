@@ -79,7 +79,7 @@ def test_what_a_known_kind_writes_is_still_its_own(planned: dict[str, Any]) -> N
     """Addresses are no part of the kind: sharing memory is looked for at every call."""
     for _ in range(2):
         planned["adapter_forward_"](*_calls(torch.float32, 0.0)["adapter_forward_"])
-    y, x, *rest = _calls(torch.float32, 0.0)["adapter_forward_"]
+    rest = _calls(torch.float32, 0.0)["adapter_forward_"][2:]
     both = torch.zeros(T * (M + N) - 8)
     with pytest.raises(RuntimeError, match="adapter_forward_: y: found memory that x has as well"):
         planned["adapter_forward_"](both[: T * M].view(T, M), both[-T * N :].view(T, N), *rest)
@@ -151,6 +151,3 @@ def test_batches_of_any_length_are_not_compiled_anew(monkeypatch: pytest.MonkeyP
         A = operators["adapter_forward_"](y, x, *factors, 1.0, 0.0, None)
         operators["adapter_backward_"](grad_x, 1.0, grad_y, x, A, *factors, 1.0, 0.0, None, [True] * 3)
     assert sum(compiled.values()) == early <= 9, compiled
-    monkeypatch.undo()
-    for name in ("adapter_forward_", "adapter_backward_"):  # of what did nothing
-        assert len(operators[name]._plans) < 200

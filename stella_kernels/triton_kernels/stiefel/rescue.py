@@ -201,7 +201,10 @@ def rescue(
                 steps += inverse_root_series(work, bound, 1e-16, r, R, T, "ieee", tl.float64, True)
                 combine(W + R * R, 1.0, zeta, 0.0, zeta, 1.0, r, R, T, tl.float64)
                 write_combined(table, factor, constants, W, n, r, _POLAR, False, ELEMENT, INDEX, R, T, ROWS, 0)
-                error = tl.minimum(error, 1e-15 * r)  # the round-off of a Gram matrix and of a product near I
+                error = tl.full((), 0.0, tl.float64)
+            if tl.float64 == ELEMENT:  # of a Gram matrix and of a product near I: csrc/cpu/stiefel/residual.h
+                root = tl.sqrt(r.to(tl.float64))
+                error += 1.12e-16 * root * (10.0 + 1.25 * root)
     return status, error, steps
 
 
