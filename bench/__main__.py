@@ -1,7 +1,8 @@
 """``python -m bench``: the polar factor at real models' shapes, the optimizer step of a Llama-3-8B, and the adapter.
 
 ``python -m bench polar``, ``step`` or ``adapter`` runs one of the three, ``--device cuda`` on a GPU; ``python -m bench
-traffic`` counts what a step moves on a GPU, without one. Tables on the terminal, JSON and plots in ``--output``; exits
+traffic`` counts what a step moves on a GPU, without one; ``python -m bench gpu`` is all of it in some minutes for a
+person with a GPU (``python -m bench gpu --help``). Tables on the terminal, JSON and plots in ``--output``; exits
 with 1 where a promise was missed; none is made of a GPU's times.
 """
 
@@ -132,8 +133,12 @@ def _traffic(ranks: tuple[int, ...], output: Path) -> int:
 
 def main() -> int:
     """Print the tables, write JSON and plots; 1 where a promise was missed."""
+    if sys.argv[1:2] == ["gpu"]:  # which has options of its own
+        from bench.gpu.run import main as gpu
+
+        return gpu(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("what", nargs="?", choices=("all", "polar", "step", "adapter", "traffic"), default="all")
+    parser.add_argument("what", nargs="?", choices=("all", "polar", "step", "adapter", "traffic", "gpu"), default="all")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:INDEX (traffic is counted on the CPU)")
     parser.add_argument("--output", type=Path, default=Path("bench/results"), help="folder of the JSON and the plots")
     parser.add_argument("--ranks", type=int, nargs="+", choices=RANKS, help="default: all; of traffic 16 and 64")
