@@ -13,11 +13,12 @@ from bench.gpu.stage import named
 def main() -> int:
     """Run the stage; 0 where it came to its end, whatever it found."""
     setting = parsed()
+    stage = named(setting.stage)
     if setting.rehearse:
         rehearsal.shrink()
-        if not rehearsal.serve_interpreted():
+        if not stage.timed and not rehearsal.serve_interpreted():
             setting.note("Triton is not here: the reference stands in for its kernels")
-    module = importlib.import_module(f"bench.gpu.stages.{named(setting.stage).module}")
+    module = importlib.import_module(f"bench.gpu.stages.{stage.module}")
     attempt(setting, setting.stage, lambda: module.run(setting))
     return 0
 

@@ -23,16 +23,23 @@ TOY_MODEL = {
 _libraries: list[torch.library.Library] = []  # their registrations end with them
 
 
+def interpreting() -> bool:
+    """Whether this process is one in which Triton's kernels are to be interpreted for tensors of the CPU."""
+    from stella_kernels.triton_kernels import registration
+
+    return os.environ.get("STELLA_KERNELS_BACKEND") == "reference" and registration.interpreted()
+
+
 def serve_interpreted() -> bool:
     """Have Triton's kernels, interpreted, serve the operators of CPU tensors; returns whether Triton is there for it.
 
     Under :data:`ENVIRONMENT` alone, in which nothing native has taken them.
     """
-    from stella_kernels.triton_kernels import registration
-
-    if os.environ.get("STELLA_KERNELS_BACKEND") != "reference" or not registration.interpreted():
+    if not interpreting():
         return False
     if not _libraries:
+        from stella_kernels.triton_kernels import registration
+
         library = torch.library.Library("stella_kernels", "IMPL", "CPU")
         for name, call in registration.operators().items():
             library.impl(name, call)

@@ -19,7 +19,7 @@ from bench.gpu.report.markdown import page
 from bench.gpu.report.measured import table
 from bench.gpu.report.picture import save_picture
 from bench.gpu.setting import RECORDS
-from bench.gpu.stage import BROKEN, FAILED, KILLED, NOT_RUN, ROOT, STAGES, Outcome, Stage, limit_of, run_stage
+from bench.gpu.stage import INTERRUPTED, NOT_RUN, PASSED, ROOT, STAGES, Outcome, Stage, limit_of, run_stage
 
 MINUTES, REHEARSAL_MINUTES = 8.0, 10.0
 MEASURED = ROOT / "bench" / "measured"
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     stages = tuple(stage for stage in STAGES if not given.only or stage.name in given.only)
     outcomes = run_all(stages, folder.resolve(), chip, given.rehearse, 60.0 * minutes)
     print(f"\nwritten: {folder}/report.md, report.json, report.png, log.txt")
-    return int(any(outcome.status in (FAILED, KILLED, BROKEN) for outcome in outcomes))
+    return int(any(outcome.status not in (PASSED, NOT_RUN) for outcome in outcomes))
 
 
 def slug(name: str) -> str:
@@ -91,6 +91,8 @@ def run_all(stages: tuple[Stage, ...], folder: Path, chip: str, rehearse: bool, 
             print(f"-- {stage.name}: {outcome.status}, {outcome.seconds:.0f} s", flush=True)
             head["complete"] = len(outcomes) == len(stages)
             write(folder, head | {"seconds": round(time.monotonic() - begin, 1)}, outcomes, remaining[1:])
+            if outcome.status == INTERRUPTED:
+                break
     return outcomes
 
 

@@ -16,7 +16,8 @@ from bench.gpu.rehearsal import ENVIRONMENT
 from bench.gpu.setting import read_records
 
 ROOT = Path(__file__).parents[2]
-PASSED, FAILED, NOT_RUN, KILLED, BROKEN = "passed", "FAILED", "not run", "KILLED at its limit", "BROKE OFF"
+PASSED, FAILED, NOT_RUN = "passed", "FAILED", "not run"
+KILLED, BROKEN, INTERRUPTED = "KILLED at its limit", "BROKE OFF", "INTERRUPTED"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class Stage:
     share: float
     tuned: bool = False  # whether kernels may be tuned in it, or run as they do by default
     needs: tuple[str, ...] = ()  # operators that must have been found right, or nothing is timed
+
+    @property
+    def timed(self) -> bool:
+        """Whether it times: a rehearsal does so on the CPU's own operators, which take a thousandth of the time."""
+        return bool(self.needs)
 
 
 ADAPTER = ("adapter_forward_", "adapter_product", "adapter_backward_", "philox_dropout")
@@ -86,7 +92,7 @@ class Outcome:
             "seconds": round(self.seconds, 1),
             "limit": round(self.limit, 1),
             "records": self.records,
-            "tail": self.tail if self.status in (KILLED, BROKEN) else [],
+            "tail": self.tail if self.status in (KILLED, BROKEN, INTERRUPTED) else [],
         }
 
 
@@ -98,7 +104,8 @@ def limit_of(stage: Stage, left: float, remaining: tuple[Stage, ...]) -> float:
 def environment(stage: Stage, folder: Path, rehearse: bool) -> dict[str, str]:
     """Of a stage's process. What is tuned goes to the run's own folder: measured now, and part of what was found."""
     wanted = {"STELLA_KERNELS_AUTOTUNE": str(int(stage.tuned)), "STELLA_KERNELS_CACHE": str(folder / "tiles")}
-    wanted |= ENVIRONMENT if rehearse else {}
+    if rehearse:
+        wanted |= {"OMP_NUM_THREADS": "1"} if stage.timed else ENVIRONMENT
     return os.environ | wanted | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -126,6 +133,8 @@ def run_stage(stage: Stage, folder: Path, rehearse: bool, limit: float, log: Tex
         process.wait(limit)
     except subprocess.TimeoutExpired:
         status = KILLED
+    except KeyboardInterrupt:
+        status = INTERRUPTED
     finally:
         _kill(process)
     reader.join(10.0)

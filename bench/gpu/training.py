@@ -83,7 +83,8 @@ def build(name: str, dropout: float, problem: Problem) -> tuple[nn.Module, torch
         )
         model = get_peft_model(base.to(problem.device, problem.dtype), settings)
     if name == "ours":
-        return model.train(), StellaAdamW(model, lr=1e-3, weight_decay=0.0)
+        width = float(problem.shape["hidden_size"])
+        return model.train(), StellaAdamW(model, lr=1e-3, weight_decay=0.0, grad_scaling=width)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return model.train(), torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0, fused=True)
 

@@ -14,6 +14,7 @@ STATES = {
     "FAILED": "something that was run does not hold",
     "not run": "nothing of it was run",
     "KILLED at its limit": "killed at its time limit; what it had found by then counts",
+    "INTERRUPTED": "the run was ended from outside; what it had found by then counts",
     "BROKE OFF": "its process ended in an error; what it had found by then counts",
 }
 
@@ -53,7 +54,7 @@ def _head(report: dict[str, Any]) -> str:
 def _verdict(report: dict[str, Any]) -> str:
     bad = [stage for stage in report["stages"] if stage["status"] not in ("passed", "not run")]
     idle = [stage["stage"] for stage in report["stages"] if stage["status"] == "not run"] + report["not_reached"]
-    text = "nothing failed" if not bad else f"{len(bad)} stages did not pass: {', '.join(s['stage'] for s in bad)}"
+    text = "nothing failed" if not bad else f"did not pass: {', '.join(s['stage'] for s in bad)}"
     text += f"; not run: {', '.join(idle)}" if idle else ""
     begun = "" if report["complete"] else " The run had not come to its end when this page was written."
     failed = [f"- **fails**: {cell(record['text'])}\n" for s in report["stages"] for record in s["records"]

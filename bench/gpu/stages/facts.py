@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 import shutil
 import statistics
 import subprocess
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -45,9 +45,10 @@ def _show(setting: Setting, title: str, values: dict[str, object]) -> None:
 
 
 def _version(package: str) -> str:
+    """Without importing it, which takes whole model libraries seconds."""
     try:
-        return str(importlib.import_module(package).__version__)
-    except Exception:  # absent, or unfit for what else is installed
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
         return "none"
 
 

@@ -39,7 +39,11 @@ def run(setting: Setting) -> None:
     from bench.gpu.setting import read_records
 
     status = pytest.main(
-        ["-m", "gpu", "-q", "-p", "no:cacheprovider", "--color=no", "--tb=short", str(ROOT / "tests" / "gpu")],
+        [
+            *("-m", "gpu", "-q", "-p", "no:cacheprovider", "--color=no", "--tb=short", str(ROOT / "tests" / "gpu")),
+            # what an earlier stage has looked at; an interpreter would take as long again
+            *(("-k", "not test_feature") if setting.rehearse else ()),
+        ],
         plugins=[_Writer(setting)],
     )
     outcomes = [record for record in read_records(setting.folder, setting.stage) if record["kind"] == "test"]
