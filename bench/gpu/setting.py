@@ -114,7 +114,9 @@ def first_line(error: BaseException) -> str:
 
 def lost(error: BaseException | str) -> bool:
     """Whether the device answers nothing more in this process, as after an access that was out of bounds."""
-    return any(sign in str(error) for sign in ("CUDA error", "HIP error", "illegal memory access", "device-side assert"))
+    return any(
+        sign in str(error) for sign in ("CUDA error", "HIP error", "illegal memory access", "device-side assert")
+    )
 
 
 def importable(package: str) -> str:

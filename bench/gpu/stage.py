@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
@@ -33,6 +34,7 @@ class Stage:
     tells: str
     share: float
     tuned: bool = False  # whether kernels may be tuned in it, or run as they do by default
+    interpreted: bool = False  # whether Triton's interpreter is what it asks, on a GPU's machine too
     needs: tuple[str, ...] = ()  # operators that must have been found right, or nothing is timed
 
     @property
@@ -42,23 +44,26 @@ class Stage:
 
 
 ADAPTER = ("adapter_forward_", "adapter_product", "adapter_backward_", "philox_dropout")
+STEP = ("stella_adamw_", "riemannian_gradient_", "project_retract_")
 STAGES = (
     Stage("facts", "facts", "the machine, its software, and the ceilings: copy, matrix products, launches", 30),
-    Stage("verify", "verify", "every operator against the float64 reference, default tiles, outputs full of NaN", 100),
-    Stage("features", "features", "torch.compile, CUDA graph, two streams, second device, checkpointing, autocast", 45),
-    Stage("adapter", "adapter", "one layer, forward and backward: ours, LoRA, as published, frozen base", 45, False,
-          ADAPTER),
-    Stage("step", "step", "the optimizer step of a Llama-3-8B's factors: ours, AdamW, attach, as published", 45, False,
-          ("stella_adamw_", "riemannian_gradient_", "project_retract_")),
-    Stage("model", "model", "a training step of SmolLM2-135M's shape: eager, torch.compile, CUDA graph", 60, False,
-          (*ADAPTER, "stella_adamw_")),
-    Stage("host", "host", "where the GPU waits for the host: gaps between kernels, time to launch", 30, False,
-          (*ADAPTER, "stella_adamw_")),
-    Stage("polar", "polar", "the polar factor against torch.linalg.svd, torch.linalg.polar and compositions", 30, False,
-          ("polar",)),
+    Stage("verify", "verify", "every operator against the float64 reference, default tiles, outputs full of NaN", 130),
+    Stage("features", "features", "torch.compile, CUDA graph, two streams, second device, checkpointing, autocast", 60),
+    Stage("adapter", "adapter", "one layer, forward and backward: ours, LoRA, as published, frozen base", 45,
+          needs=ADAPTER),
+    Stage("step", "step", "the optimizer step of a Llama-3-8B's factors: ours, AdamW, attach, as published", 45,
+          needs=STEP),
+    Stage("model", "model", "a training step of SmolLM2-135M's shape: eager, torch.compile, CUDA graph", 60,
+          needs=(*ADAPTER, "stella_adamw_")),
+    Stage("host", "host", "where the GPU waits for the host: gaps between kernels, time to launch", 30,
+          needs=(*ADAPTER, *STEP)),
+    Stage("polar", "polar", "the polar factor against torch.linalg.svd, torch.linalg.polar and compositions", 30,
+          needs=("polar",)),
     Stage("tests", "tests", "pytest -m gpu: odd sizes, storages, opcheck, refusals", 40),
     Stage("sanitizer", "sanitizer", "compute-sanitizer over small odd cases", 40),
-    Stage("tuned", "adapter", "the adapter again with its tiles tuned for this GPU", 40, True, ADAPTER),
+    Stage("count", "count", "the bytes of the Stiefel kernels' loads and stores, counted in Triton's interpreter", 25,
+          interpreted=True),
+    Stage("tuned", "adapter", "the adapter again with its tiles tuned for this GPU", 40, tuned=True, needs=ADAPTER),
     Stage("rest", "verify", "the rest of the table of cases, for as long as there is time", 30),
 )  # fmt: skip
 
@@ -104,9 +109,12 @@ def limit_of(stage: Stage, left: float, remaining: tuple[Stage, ...]) -> float:
 def environment(stage: Stage, folder: Path, rehearse: bool) -> dict[str, str]:
     """Of a stage's process. What is tuned goes to the run's own folder: measured now, and part of what was found."""
     wanted = {"STELLA_KERNELS_AUTOTUNE": str(int(stage.tuned)), "STELLA_KERNELS_CACHE": str(folder / "tiles")}
-    if rehearse:
-        wanted |= {"OMP_NUM_THREADS": "1"} if stage.timed else ENVIRONMENT
-    return os.environ | wanted | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+    if rehearse and stage.timed:
+        wanted["OMP_NUM_THREADS"] = "1"
+    elif rehearse or stage.interpreted:
+        wanted |= ENVIRONMENT
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return os.environ | wanted | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
 
 
 def run_stage(stage: Stage, folder: Path, rehearse: bool, limit: float, log: TextIO) -> Outcome:
@@ -153,10 +161,8 @@ def _status(records: list[dict[str, Any]]) -> str:
 
 def _kill(process: subprocess.Popen[str]) -> None:
     """The whole group, also where its first process is gone and a child of it is not."""
-    try:
+    with suppress(ProcessLookupError, PermissionError):  # none of it is left
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):  # none of it is left
-        pass
     process.wait()
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from bench.gpu.report import sections
-from bench.gpu.report.measured import facts
-from bench.gpu.report.tables import cell, rows
+from bench.gpu.report.measured import facts, records
+from bench.gpu.report.tables import cell, rows, times
 
 REHEARSED = "> **Rehearsed on a CPU at toy sizes, not measured. No time on this page means anything.**\n"
 STATES = {
@@ -22,7 +22,8 @@ STATES = {
 def page(report: dict[str, Any], pictured: bool) -> str:
     """The whole page."""
     warning = [REHEARSED] if report["rehearsed"] else []
-    parts = [f"# stella_kernels on {_chip(report)}\n", *warning, _head(report), _verdict(report), _stages(report)]
+    parts = [f"# stella_kernels on {_chip(report)}\n", *warning, _head(report), _verdict(report), _in_short(report)]
+    parts.append(_stages(report))
     if pictured:
         parts.append("![the timed tables as bars](report.png)\n")
     for section in sections.SECTIONS:
@@ -62,6 +63,31 @@ def _verdict(report: dict[str, Any]) -> str:
     return f"**{text[0].upper()}{text[1:]}.**{begun}\n\n" + "".join(failed)
 
 
+def _in_short(report: dict[str, Any]) -> str:
+    """The figures that most will look for, each with what it is beside."""
+    cases = records(report, "case")
+    lines = (
+        [f"- **Right**: {sum(case['passed'] for case in cases)} of {len(cases)} cases of the table"] if cases else []
+    )
+    for row in records(report, "model"):
+        lines.append(
+            f"- **Training step**, SmolLM2-135M's shape, {row['mode']}, dropout {row['dropout']:g}: "
+            f"{times(row['ours_over_lora'])} × the step with LoRA and fused AdamW"
+        )
+    for row in records(report, "step")[:2]:
+        lines.append(
+            f"- **Optimizer step**, r = {row['r']}, {row['layers']} layers of a Llama-3-8B: "
+            f"{times(row['ratio_to_adamw']['stella_adamw'])} × fused AdamW, "
+            f"{times(row['published_over_stella_adamw'])} times faster than as published"
+        )
+    for row in records(report, "layer", "adapter")[:2]:
+        lines.append(
+            f"- **Layer**, {row['m']} × {row['n']}, T = {row['tokens']}, r = {row['r']}, dropout {row['dropout']:g}, "
+            f"{row['dtype']}: LoRA takes {times(row['lora_over_ours'])} times as long"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def _stages(report: dict[str, Any]) -> str:
     lines = []
     for stage in report["stages"]:
@@ -79,7 +105,9 @@ def _missing(report: dict[str, Any]) -> str:
     lines += [f"- {name}: the run ended before it\n" for name in report["not_reached"]]
     for stage in report["stages"]:
         if stage["tail"]:
-            lines.append(f"- {stage['stage']}: {stage['status']} after {stage['seconds']:.0f} s; the last it printed:\n")
+            lines.append(
+                f"- {stage['stage']}: {stage['status']} after {stage['seconds']:.0f} s; the last it printed:\n"
+            )
             lines.append("\n  ```text\n" + "".join(f"  {line[:200]}\n" for line in stage["tail"]) + "  ```\n")
     return "".join(lines) or "Everything was run.\n"
 

@@ -12,6 +12,21 @@ from bench.gpu.report.tables import cell, ms, rate, rows, times, us
 
 Report = dict[str, Any]
 Section = tuple[str, str] | None
+BYTES = (
+    "the bytes that its kernels load and store for the factors (counted in Triton's interpreter for one factor of this "
+    "rank, or where that was not done those of its passes), and how fast they went beside a copy among the same rounds."
+)
+
+
+# Words an element of the passes over the factors where nothing stays in cache from one to the next: a step's gradient
+# and factor, all four and two written, three and one written; a retraction's; a polar factor's.
+PASSES = {"stella_adamw_": 12, "project_retract_": 5, "polar": 3}
+
+
+def moved_bytes(report: Report, operator: str, r: int, elements: int) -> tuple[float, str]:
+    """Bytes of an operator over so many elements: counted in the interpreter, else those of its passes alone."""
+    counted = [one["words"] for one in records(report, "count") if (one["operator"], one["r"]) == (operator, r)]
+    return 4.0 * elements * (counted[0] if counted else PASSES[operator]), "counted" if counted else "passes"
 
 
 def machine(report: Report) -> Section:
@@ -105,21 +120,22 @@ def steps(report: Report) -> Section:
     lines = []
     for row in found:
         taken, ratio = row["seconds"], row["ratio_to_adamw"]
+        moved, how = moved_bytes(report, "stella_adamw_", row["r"], row["elements"])
         lines.append((
-            row["r"], row["layers"], ms(taken["adamw"]), rate(28 * row["elements"], taken["adamw"], row["copy_bandwidth"])[1],
+            row["r"], row["layers"], ms(taken["adamw"]),
+            rate(28 * row["elements"], taken["adamw"], row["copy_bandwidth"])[1],
             ms(taken["stella_adamw"]), times(ratio["stella_adamw"]), ms(taken["attach"]), times(ratio["attach"]),
             ms(taken["published"]), times(ratio["published"]), times(row["published_over_stella_adamw"]),
-            f"{row['counted_bytes'] / 1e6:.4g}",
-            *rate(row["counted_bytes"], taken["stella_adamw"], row["copy_bandwidth"]),
+            f"{moved / 1e6:.4g} ({how})", *rate(moved, taken["stella_adamw"], row["copy_bandwidth"]),
         ))  # fmt: skip
     told = (
         "All factors of so many layers of a Llama-3-8B, float32, the same tensors for all. AdamW is torch's fused one, "
         "which leaves the manifolds; attach is it with our geometry around it; published is it with a batched "
-        "torch.linalg.svd. × is times AdamW. The last columns are StellaAdamW's: the bytes of its passes over the "
-        "factors (12 words an element), and how fast they went; AdamW's are 7 words.\n\n"
+        "torch.linalg.svd. × is times AdamW. The last columns are StellaAdamW's: "
+        f"{BYTES} AdamW's are 7 words an element.\n\n"
     )
-    header = ("r:", "layers:", "AdamW ms:", "of copy:", "StellaAdamW ms:", "×:", "attach ms:", "×:", "published ms:", "×:",
-              "published / StellaAdamW:", "MB:", "GB/s:", "of copy:")  # fmt: skip
+    header = ("r:", "layers:", "AdamW ms:", "of copy:", "StellaAdamW ms:", "×:", "attach ms:", "×:", "published ms:",
+              "×:",              "published / StellaAdamW:", "MB:", "GB/s:", "of copy:")  # fmt: skip
     return "The optimizer step", told + rows(header, lines)
 
 
@@ -131,15 +147,15 @@ def retractions(report: Report) -> Section:
     for row in found:
         taken = dict(row["seconds"])
         ours = taken.pop("native")
+        moved, how = moved_bytes(report, "project_retract_", row["r"], row["elements"])
         best = min(taken, key=taken.__getitem__)
         lines.append((
-            row["r"], row["layers"], ms(ours), ms(taken["svd"]), times(taken["svd"] / ours), f"{ms(taken[best])} ({best})",
-            times(taken[best] / ours), f"{row['counted_bytes'] / 1e6:.4g}",
-            *rate(row["counted_bytes"], ours, row["copy_bandwidth"]),
+            row["r"], row["layers"], ms(ours), ms(taken["svd"]), times(taken["svd"] / ours),
+            f"{ms(taken[best])} ({best})",            times(taken[best] / ours), f"{moved / 1e6:.4g} ({how})", *rate(moved, ours, row["copy_bandwidth"]),
         ))  # fmt: skip
     header = ("r:", "layers:", "ours ms:", "svd ms:", "× faster:", "best of torch ms:", "× faster:", "MB:", "GB/s:",
               "of copy:")  # fmt: skip
-    told = "The same factors after an optimizer has moved them; ours passes over them with 5 words an element.\n\n"
+    told = f"The same factors after an optimizer has moved them. The last columns are ours: {BYTES}\n\n"
     return "Project and retract", told + rows(header, lines)
 
 
@@ -150,16 +166,17 @@ def polars(report: Report) -> Section:
     lines = []
     for row in found:
         taken = row["seconds"]
+        moved, how = moved_bytes(report, "polar", row["r"], row["batch"] * row["n"] * row["r"])
         lines.append((
             f"{row['batch']} × {row['n']} × {row['r']}", ms(taken["native"]), ms(taken["svd"]),
             ms(taken["linalg_polar"]) if "linalg_polar" in taken else "not there", ms(taken["qr"]),
             f"{ms(taken[row['best_composition']])} ({row['best_composition']})", times(row["ratio_to_svd"]),
-            times(row["ratio_to_best_composition"]), *rate(row["counted_bytes"], taken["native"], row["copy_bandwidth"]),
-            f"{float(row['native_error']):.1e}", f"{float(row['svd_error']):.1e}",
+            times(row["ratio_to_best_composition"]), f"{moved / 1e6:.4g} ({how})",
+            *rate(moved, taken["native"], row["copy_bandwidth"]), f"{float(row['native_error']):.1e}", f"{float(row['svd_error']):.1e}",
         ))  # fmt: skip
     header = ("batch × n × r", "ours ms:", "svd ms:", "linalg.polar ms:", "qr ms:", "best of torch ms:", "× svd:",
-              "× best:", "GB/s:", "of copy:", "error:", "svd's error:")  # fmt: skip
-    told = "float32; errors against a float64 SVD. Ours moves 3 words an element, and waits for its own status.\n\n"
+              "× best:", "MB:", "GB/s:", "of copy:", "error:", "svd's error:")  # fmt: skip
+    told = f"float32; errors against a float64 SVD. Ours waits for its own status. {BYTES}\n\n"
     return "The polar factor", told + rows(header, lines)
 
 
@@ -172,13 +189,13 @@ def models(report: Report) -> Section:
         taken, peak = row["seconds"], row["peak_bytes"]
         memory = [f"{peak[name] / 2**20:.0f}" if name in peak else "–" for name in ("lora", "ours")]
         lines.append((
-            row["mode"], f"{row['dropout']:g}", f"{row['sequences']} × {row['tokens']}", row["dtype"], ms(taken["lora"]),
-            ms(taken["ours"]), times(row["ours_over_lora"]), *memory,
+            row["mode"], f"{row['dropout']:g}", f"{row['sequences']} × {row['tokens']}", row["dtype"],
+            ms(taken["lora"]), ms(taken["ours"]), times(row["ours_over_lora"]), *memory,
         ))  # fmt: skip
     told = (
-        f"Forward, backward and optimizer of SmolLM2-135M's shape with random weights, adapters of rank {found[0]['rank']} "
-        "on all 7 projections: LoRA with torch's fused AdamW, ours with StellaAdamW. Below 1 ours is faster. As a graph, "
-        "forward and backward are one CUDA graph and the optimizer is called eagerly.\n\n"
+        f"Forward, backward and optimizer of SmolLM2-135M's shape with random weights, adapters of rank "
+        f"{found[0]['rank']} on all 7 projections: LoRA with torch's fused AdamW, ours with StellaAdamW. Below 1 ours is faster. As "
+        "a graph, forward and backward are one CUDA graph and the optimizer is called eagerly.\n\n"
         + "".join(f"{cell(note['text'])}.\n\n" for note in records(report, "note", "model"))
     )
     header = ("mode", "dropout:", "batch × tokens:", "dtype", "LoRA ms:", "ours ms:", "ours / LoRA:", "LoRA peak MiB:",
@@ -199,7 +216,8 @@ def host(report: Report) -> Section:
         ]  # fmt: skip
         text += (
             "A call from an idle GPU: after how long it returns, and after how long the GPU is done. Where both are "
-            "nearly the same, the host is what takes the time (or the call waits for the GPU, as StellaAdamW's does).\n\n"
+            "nearly the same, the host is what takes the time (or the call waits for the GPU, as StellaAdamW's "
+            "does).\n\n"
             + rows(("what", "", "returns after us:", "done after us:", "host:"), lines)
         )
     if gaps:
@@ -209,7 +227,15 @@ def host(report: Report) -> Section:
              ", ".join(f"{gap:.0f}" for gap in row["longest_gaps_us"]))
             for row in gaps
         ]  # fmt: skip
-        header = ("", "kernels a step:", "busy ms:", "idle between ms:", "idle:", "step unprofiled ms:", "longest gaps us")
+        header = (
+            "",
+            "kernels a step:",
+            "busy ms:",
+            "idle between ms:",
+            "idle:",
+            "step unprofiled ms:",
+            "longest gaps us",
+        )
         text += (
             "\nOf the eager training step under torch's profiler, which slows the host down: busy is time in which a "
             "kernel ran, idle that in which none did.\n\n" + rows(header, lines)
@@ -227,11 +253,14 @@ def method(report: Report) -> Section:
         "Every stage is a process of its own. Candidates of a row are called in turn, after a round that warms up; a "
         "time is the median of its rounds, a ratio the median of the rounds' own ratios. A time is taken by the GPU's "
         "events from an idle stream to the end of the last kernel, so that launches count wherever the GPU waits for "
-        "them; the L2 cache is written over before each call. Nothing is timed of an operator that gave a wrong result. "
-        "Kernels run with their default tiles but where a row says tuned.\n"
+        "them; the L2 cache is written over before each call. Nothing is timed of an operator that gave a wrong "
+        "result. Kernels run with their default tiles but where a row says tuned.\n"
     )
     if spread:
-        told += f"\nWithin a row, the slowest round was at the median {median(spread):.0%} of a time above the fastest.\n"
+        told += (
+            f"\nWithin a row, the slowest round was at the median {median(spread):.0%} of a time above the "
+        told += "fastest.\n"
+        )
     return "How it was measured", told
 
 

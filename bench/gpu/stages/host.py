@@ -30,7 +30,9 @@ def run(setting: Setting) -> None:
         if setting.left < 4:
             setting.missing(f"gaps of a training step with {name}: no time left")
             continue
-        attempt(setting, f"gaps, {name}", lambda name=name: _gaps(setting, name, training_step(name, "eager", 0.0, problem)))
+        attempt(
+            setting, f"gaps, {name}", lambda name=name: _gaps(setting, name, training_step(name, "eager", 0.0, problem))
+        )
 
 
 def _issue_seconds(run: Callable[[], object], device: torch.device) -> tuple[float, float]:
@@ -68,7 +70,9 @@ def _layer(setting: Setting, device: torch.device) -> None:
 def _step(setting: Setting, device: torch.device) -> None:
     layers, r = (1, 4) if setting.rehearse else (32, 8)
     factors = llama_factors(layers, r, torch.Generator().manual_seed(r), device)
-    optimizers: dict[str, Any] = {name: OPTIMIZERS[name](copies(factors)) for name in ("adamw", "stella_adamw", "attach")}
+    optimizers: dict[str, Any] = {
+        name: OPTIMIZERS[name](copies(factors)) for name in ("adamw", "stella_adamw", "attach")
+    }
     what = f"optimizer step, {len(factors)} factors, r = {r}"
     _host_times(setting, what, {name: optimizer.step for name, optimizer in optimizers.items()})
 
@@ -86,11 +90,16 @@ def _gaps(setting: Setting, name: str, step: Callable[[], object]) -> None:
         if gpu:
             torch.cuda.synchronize()
     kind = torch.autograd.DeviceType.CUDA if gpu else torch.autograd.DeviceType.CPU
-    events = [e for e in profiled.events() if e.device_type == kind and e.time_range.end > e.time_range.start]
+    events = [
+        e for e in profiled.events()
+        if e.device_type == kind and e.time_range.end > e.time_range.start
+        # ranges that somebody named, as optimizers do, are no kernels
+        and not getattr(e, "is_user_annotation", False) and not e.name.startswith(("Optimizer.", "ProfilerStep"))
+    ]  # fmt: skip
     # of a CPU's operations, those that are in no other one: they stand in for kernels
     spans = sorted((e.time_range.start, e.time_range.end) for e in events if gpu or e.cpu_parent is None)
     if not spans:
-        setting.missing(f"gaps, {name}: the profiler shows no kernel (has it no permission to read the GPU's counters?)")
+        setting.missing(f"gaps, {name}: the profiler shows no kernel (may it not read the GPU's counters?)")
         return
     busy, gaps = busy_and_gaps(spans)
     whole = busy + sum(gaps)

@@ -20,7 +20,9 @@ def run(setting: Setting) -> None:
     problem = problem_on(setting.device, setting.rehearse)
     if why_not := libraries():
         setting.note(f"the model is one of plain torch: {why_not}")
-    setting.note(f"LoRA is {lora_is() if not libraries() or 'peft' in libraries() else 'that of bench/adapter/lora.py'}")
+    setting.note(
+        f"LoRA is {lora_is() if not libraries() or 'peft' in libraries() else 'that of bench/adapter/lora.py'}"
+    )
     for index, (mode, dropout) in enumerate(RUNS):
         name = f"{mode}, dropout {dropout:g}"
         if setting.left < 6:

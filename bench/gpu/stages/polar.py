@@ -11,7 +11,6 @@ CASES = tuple(Case(batch, n, r, ("Llama-3-8B",)) for n, r, batch in (
     (4096, 16, 64), (4096, 64, 32), (14336, 16, 32), (4096, 8, 64), (4096, 32, 64), (4096, 128, 16),
 ))  # fmt: skip
 TOY = (Case(3, 40, 4, ("toy",)),)
-WORDS = 3  # an element: read for the Gram matrix, read and written for the product
 
 
 def run(setting: Setting) -> None:
@@ -29,5 +28,4 @@ def run(setting: Setting) -> None:
         row = attempt(setting, name, lambda case=case, s=seconds: polar.measure(case, machine, s, device))
         if row is not None:
             print(polar.table_row(row), flush=True)
-            counted = 4 * WORDS * case.batch * case.n * case.r
-            setting.record("polar", counted_bytes=counted, copy_bandwidth=machine.bandwidth, **row.as_dict())
+            setting.record("polar", copy_bandwidth=machine.bandwidth, **row.as_dict())

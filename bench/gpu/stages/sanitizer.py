@@ -1,4 +1,4 @@
-"""compute-sanitizer, NVIDIA's checker of accesses, over small odd cases: memcheck, then racecheck where time is left."""
+"""compute-sanitizer, NVIDIA's checker of accesses, over small odd cases: memcheck, then racecheck if time is left."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from bench.gpu.setting import Setting
@@ -44,24 +45,25 @@ def _check(setting: Setting, tool: str, prefix: list[str]) -> None:
     command = [*prefix, sys.executable, "-m", "bench.gpu.odd_cases", *(["--rehearse"] if setting.rehearse else [])]
     # each tensor in memory of its own, so that what lies behind it belongs to nobody
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    try:
-        done = subprocess.run(
-            [*command, "--seconds", f"{setting.left / (1 if tool == TOOLS[-1] else 2):.0f}"],
-            env=environment, capture_output=True, text=True, errors="replace", timeout=setting.left, check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as error:
-        out = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
-        print(out[-4000:], flush=True)
-        setting.missing(f"{tool}: not done within its time; {_cases(out)} cases ran")
+    command += ["--seconds", f"{setting.left / (1 if tool == TOOLS[-1] else 2):.0f}"]
+    # To a file: of a pipe, what a killed tool has started would be waited for.
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            status = process.wait(max(5.0, setting.left))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            status = None
+        output.seek(0)
+        printed = output.read()
+    print(printed[-8000:], flush=True)
+    cases = len(re.findall(r"^case ", printed, re.M))
+    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", printed)
+    setting.record("sanitizer", tool=tool, summary=summary[-1] if summary else "", status=status, cases=cases)
+    if status is None:
+        setting.missing(f"{tool}: not done within its time; {cases} odd cases had run, of which it says nothing")
         return
-    print((done.stdout + done.stderr)[-8000:], flush=True)
-    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", done.stdout + done.stderr)
-    setting.record("sanitizer", tool=tool, summary=summary[-1] if summary else "", status=done.returncode)
-    what = f"{tool}: {_cases(done.stdout)} odd cases, {summary[-1] if summary else f'exit status {done.returncode}'}"
-    setting.verdict(done.returncode == 0, what)
-
-
-def _cases(printed: str) -> int:
-    return len(re.findall(r"^case ", printed, re.M))
-
-
+    setting.verdict(
+        status == 0 and cases > 0,
+        f"{tool}: {cases} odd cases, {summary[-1] if summary else f'exit status {status}'}",
+    )

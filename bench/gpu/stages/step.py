@@ -10,9 +10,6 @@ from bench.gpu.setting import Setting, attempt
 from bench.stiefel import retract, step
 
 RANKS = (16, 64, 8, 32, 128)
-# Words an element of the passes that a step takes where no factor stays in cache between them, as
-# bench.traffic.stiefel counts them: gradient and factor; all four and two written; three and one written.
-STEP_WORDS, RETRACT_WORDS = 12, 5
 
 
 def run(setting: Setting) -> None:
@@ -30,11 +27,11 @@ def run(setting: Setting) -> None:
         row = attempt(setting, f"step, r = {r}", lambda r=r, s=seconds: step.measure(r, s, False, device))
         if row is not None:
             print(step.table_row(row), flush=True)
-            setting.record("step", counted_bytes=4 * STEP_WORDS * row.elements, **row.as_dict())
+            setting.record("step", **row.as_dict())
         other = attempt(setting, f"retract, r = {r}", lambda r=r, s=seconds / 2: retract.measure(r, s, device))
         if other is not None:
             print(f"{retract.HEADER}\n{retract.table_row(other)}", flush=True)
-            setting.record("retract", counted_bytes=4 * RETRACT_WORDS * other.elements, **other.as_dict())
+            setting.record("retract", **other.as_dict())
 
 
 def shrink_to_memory(total: int) -> None:
