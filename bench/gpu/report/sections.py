@@ -151,7 +151,8 @@ def retractions(report: Report) -> Section:
         best = min(taken, key=taken.__getitem__)
         lines.append((
             row["r"], row["layers"], ms(ours), ms(taken["svd"]), times(taken["svd"] / ours),
-            f"{ms(taken[best])} ({best})",            times(taken[best] / ours), f"{moved / 1e6:.4g} ({how})", *rate(moved, ours, row["copy_bandwidth"]),
+            f"{ms(taken[best])} ({best})",
+            times(taken[best] / ours), f"{moved / 1e6:.4g} ({how})", *rate(moved, ours, row["copy_bandwidth"]),
         ))  # fmt: skip
     header = ("r:", "layers:", "ours ms:", "svd ms:", "× faster:", "best of torch ms:", "× faster:", "MB:", "GB/s:",
               "of copy:")  # fmt: skip
@@ -172,7 +173,8 @@ def polars(report: Report) -> Section:
             ms(taken["linalg_polar"]) if "linalg_polar" in taken else "not there", ms(taken["qr"]),
             f"{ms(taken[row['best_composition']])} ({row['best_composition']})", times(row["ratio_to_svd"]),
             times(row["ratio_to_best_composition"]), f"{moved / 1e6:.4g} ({how})",
-            *rate(moved, taken["native"], row["copy_bandwidth"]), f"{float(row['native_error']):.1e}", f"{float(row['svd_error']):.1e}",
+            *rate(moved, taken["native"], row["copy_bandwidth"]), f"{float(row['native_error']):.1e}",
+            f"{float(row['svd_error']):.1e}",
         ))  # fmt: skip
     header = ("batch × n × r", "ours ms:", "svd ms:", "linalg.polar ms:", "qr ms:", "best of torch ms:", "× svd:",
               "× best:", "MB:", "GB/s:", "of copy:", "error:", "svd's error:")  # fmt: skip
@@ -193,9 +195,9 @@ def models(report: Report) -> Section:
             ms(taken["lora"]), ms(taken["ours"]), times(row["ours_over_lora"]), *memory,
         ))  # fmt: skip
     told = (
-        f"Forward, backward and optimizer of SmolLM2-135M's shape with random weights, adapters of rank "
-        f"{found[0]['rank']} on all 7 projections: LoRA with torch's fused AdamW, ours with StellaAdamW. Below 1 ours is faster. As "
-        "a graph, forward and backward are one CUDA graph and the optimizer is called eagerly.\n\n"
+        "Forward, backward and optimizer of SmolLM2-135M's shape with random weights, adapters of rank "
+        f"{found[0]['rank']} on all 7 projections: LoRA with torch's fused AdamW, ours with StellaAdamW. Below 1 ours "
+        "is faster. As a graph, forward and backward are one CUDA graph and the optimizer is called eagerly.\n\n"
         + "".join(f"{cell(note['text'])}.\n\n" for note in records(report, "note", "model"))
     )
     header = ("mode", "dropout:", "batch × tokens:", "dtype", "LoRA ms:", "ours ms:", "ours / LoRA:", "LoRA peak MiB:",
@@ -217,8 +219,7 @@ def host(report: Report) -> Section:
         text += (
             "A call from an idle GPU: after how long it returns, and after how long the GPU is done. Where both are "
             "nearly the same, the host is what takes the time (or the call waits for the GPU, as StellaAdamW's "
-            "does).\n\n"
-            + rows(("what", "", "returns after us:", "done after us:", "host:"), lines)
+            "does).\n\n" + rows(("what", "", "returns after us:", "done after us:", "host:"), lines)
         )
     if gaps:
         lines = [
@@ -227,15 +228,7 @@ def host(report: Report) -> Section:
              ", ".join(f"{gap:.0f}" for gap in row["longest_gaps_us"]))
             for row in gaps
         ]  # fmt: skip
-        header = (
-            "",
-            "kernels a step:",
-            "busy ms:",
-            "idle between ms:",
-            "idle:",
-            "step unprofiled ms:",
-            "longest gaps us",
-        )
+        header = ("", "kernels a step:", "busy ms:", "idle between ms:", "idle:", "unprofiled ms:", "longest gaps us")
         text += (
             "\nOf the eager training step under torch's profiler, which slows the host down: busy is time in which a "
             "kernel ran, idle that in which none did.\n\n" + rows(header, lines)
@@ -257,10 +250,7 @@ def method(report: Report) -> Section:
         "result. Kernels run with their default tiles but where a row says tuned.\n"
     )
     if spread:
-        told += (
-            f"\nWithin a row, the slowest round was at the median {median(spread):.0%} of a time above the "
-        told += "fastest.\n"
-        )
+        told += f"\nWithin a row, rounds differ by {median(spread):.0%} of their median (the median of all rows).\n"
     return "How it was measured", told
 
 
