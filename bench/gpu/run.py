@@ -19,7 +19,7 @@ from bench.gpu.report.markdown import page
 from bench.gpu.report.measured import table
 from bench.gpu.report.picture import save_picture
 from bench.gpu.setting import RECORDS
-from bench.gpu.stage import INTERRUPTED, NOT_RUN, PASSED, ROOT, STAGES, Outcome, Stage, limit_of, run_stage
+from bench.gpu.stage import NOT_RUN, PASSED, ROOT, STAGES, Outcome, Stage, interruption, limit_of, run_stage
 
 MINUTES, REHEARSAL_MINUTES = 8.0, 10.0
 MEASURED = ROOT / "bench" / "measured"
@@ -67,7 +67,8 @@ def slug(name: str) -> str:
 def run_all(stages: tuple[Stage, ...], folder: Path, chip: str, rehearse: bool, seconds: float) -> list[Outcome]:
     """Each stage within its part of the time; the report is written anew after each, so that any end leaves one."""
     _empty(folder)
-    signal.signal(signal.SIGTERM, _interrupted)
+    for number in (signal.SIGTERM, signal.SIGINT):  # an exception could come while a process is being made
+        signal.signal(number, lambda *_: interruption.set())
     outcomes: list[Outcome] = []
     begin = time.monotonic()
     head: dict[str, Any] = {
@@ -91,7 +92,7 @@ def run_all(stages: tuple[Stage, ...], folder: Path, chip: str, rehearse: bool, 
             print(f"-- {stage.name}: {outcome.status}, {outcome.seconds:.0f} s", flush=True)
             head["complete"] = len(outcomes) == len(stages)
             write(folder, head | {"seconds": round(time.monotonic() - begin, 1)}, outcomes, remaining[1:])
-            if outcome.status == INTERRUPTED:
+            if interruption.is_set():
                 break
     return outcomes
 
@@ -135,7 +136,3 @@ def _empty(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     for name in (RECORDS, "tiles"):
         shutil.rmtree(folder / name, ignore_errors=True)
-
-
-def _interrupted(*_: object) -> None:
-    raise KeyboardInterrupt  # so that a stage's processes are ended with this one

@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, TextIO
 
 from bench.gpu.rehearsal import ENVIRONMENT
@@ -19,6 +19,10 @@ from bench.gpu.setting import read_records
 ROOT = Path(__file__).parents[2]
 PASSED, FAILED, NOT_RUN = "passed", "FAILED", "not run"
 KILLED, BROKEN, INTERRUPTED = "KILLED at its limit", "BROKE OFF", "INTERRUPTED"
+
+
+# Set by whoever ends the run from outside: what is there by then is written, and no process is left behind.
+interruption = Event()
 
 
 @dataclass(frozen=True)
@@ -137,14 +141,12 @@ def run_stage(stage: Stage, folder: Path, rehearse: bool, limit: float, log: Tex
     reader = Thread(target=_tee, args=(process, log, tail), daemon=True)
     reader.start()
     status = ""
-    try:
-        process.wait(limit)
-    except subprocess.TimeoutExpired:
-        status = KILLED
-    except KeyboardInterrupt:
-        status = INTERRUPTED
-    finally:
-        _kill(process)
+    while process.poll() is None and not status:
+        if interruption.wait(0.1):
+            status = INTERRUPTED
+        elif time.monotonic() - begin > limit:
+            status = KILLED
+    _kill(process)
     reader.join(10.0)
     records = read_records(folder, stage.name)
     status = status or (BROKEN if process.returncode else _status(records))

@@ -113,9 +113,8 @@ def test_nothing_is_timed_of_an_operator_that_is_wrong() -> None:
     right = outcome_of("verify", PASSED, *(case(name, True) for name in ("polar", *step.needs)))
     assert run.unfit(polar, [right]) == ""
     assert run.unfit(step, [right]) == ""
-    wrong = outcome_of(
-        "verify", FAILED, case("polar", True), case("polar", False), *map(lambda n: case(n, True), step.needs)
-    )
+    others = [case(name, True) for name in step.needs]
+    wrong = outcome_of("verify", FAILED, case("polar", True), case("polar", False), *others)
     assert run.unfit(polar, [wrong]) == "results wrong (polar)"
     assert run.unfit(step, [wrong]) == ""
     assert "not verified" in run.unfit(step, [outcome_of("verify", KILLED, case("polar", True))])
@@ -239,8 +238,8 @@ def test_rehearsal(tmp_path: Path) -> None:
     assert report["complete"]
     assert {one["stage"]: one["status"] for one in report["stages"]} == {one.name: PASSED for one in STAGES}
     kinds = {record["kind"] for one in report["stages"] for record in one["records"]}
-    assert kinds >= {"facts", "ceiling", "case", "verdict", "layer", "step", "retract", "polar", "model", "host", "gaps",
-                     "test", "sanitizer", "count"}  # fmt: skip
+    assert kinds >= {"facts", "ceiling", "case", "verdict", "layer", "step", "retract", "polar", "model", "host",
+                     "gaps", "test", "sanitizer", "count"}  # fmt: skip
     text = (tmp_path / "report.md").read_text()
     assert "no GPU (a rehearsal)" in text
     assert text == page(report, (tmp_path / "report.png").exists())
