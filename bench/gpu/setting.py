@@ -41,8 +41,11 @@ class Setting:
 
     @property
     def left(self) -> float:
-        """Seconds of the stage's limit that are left, less what it takes to end a process."""
-        return self.limit - (time.monotonic() - self.began) - 3.0
+        """Seconds of the stage's limit that are left, less what the next thing may take that nobody can stop.
+
+        On a GPU its kernels may have to be compiled.
+        """
+        return self.limit - (time.monotonic() - self.began) - (3.0 if self.rehearse else 10.0)
 
     def record(self, kind: str, **values: Any) -> None:
         """Write a line: what kind it is of, and its values."""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from bench.gpu.report.markdown import page
 from bench.gpu.report.measured import NONE, table
 from bench.gpu.setting import Setting, read_records
 from bench.gpu.stage import BROKEN, FAILED, KILLED, NOT_RUN, PASSED, STAGES, Outcome, Stage
+from bench.gpu.stages import facts
 from bench.gpu.stages.host import busy_and_gaps
 
 ROOT = Path(__file__).parents[2]
@@ -193,6 +195,31 @@ def test_records_survive_a_line_that_was_cut_off(tmp_path: Path) -> None:
 def test_gaps_between_kernels() -> None:
     busy, gaps = busy_and_gaps([(0.0, 2.0), (1.0, 3.0), (1.5, 2.0), (7.0, 8.0)])
     assert (busy, gaps) == (4.0, [4.0])
+
+
+def test_facts_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a driver's program that answers as it does, and another process on the GPU."""
+    tool = tmp_path / "nvidia-smi"
+    answer = ", ".join(f"<{key}>" for key in facts.NVIDIA_SMI)
+    tool.write_text(f"#!/bin/sh\ncase $1 in *compute-apps*) echo 11; echo 12;; *) echo '{answer}';; esac\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    properties = SimpleNamespace(
+        name="Some GPU", major=9, minor=0, multi_processor_count=132, total_memory=2**36, L2_cache_size=2**25,
+        uuid="00000000-0000-0000-0000-000000000000",
+    )  # fmt: skip
+    monkeypatch.setattr(facts.torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(facts.torch.cuda, "mem_get_info", lambda device: (2**35, 2**36))
+    monkeypatch.setattr(Setting, "device", facts.torch.device("cpu"))
+    (tmp_path / "records").mkdir()
+    facts._gpu(Setting("facts", tmp_path, False, 60.0))
+    found, note = {}, ""
+    for record in read_records(tmp_path, "facts"):
+        found |= record.get("values", {})
+        note += record.get("text", "")
+    assert found["architecture"] == "sm_90"
+    assert found["nvidia-smi driver_version"] == "<driver_version>"
+    assert "2 processes are on this GPU" in note
 
 
 def test_without_a_gpu_the_command_says_what_to_do() -> None:

@@ -13,8 +13,9 @@ from bench.gpu.report.tables import cell, ms, rate, rows, times, us
 Report = dict[str, Any]
 Section = tuple[str, str] | None
 BYTES = (
-    "the bytes that its kernels load and store for the factors (counted in Triton's interpreter for one factor of this "
-    "rank, or where that was not done those of its passes), and how fast they went beside a copy among the same rounds."
+    "MB are the bytes that our kernels load and store for the factors (counted in Triton's interpreter for one factor "
+    "of this rank, or where that was not done those of their passes); GB/s and of copy say how fast they went, beside "
+    "a copy that was measured in the same run."
 )
 
 
@@ -131,7 +132,7 @@ def steps(report: Report) -> Section:
     told = (
         "All factors of so many layers of a Llama-3-8B, float32, the same tensors for all. AdamW is torch's fused one, "
         "which leaves the manifolds; attach is it with our geometry around it; published is it with a batched "
-        "torch.linalg.svd. × is times AdamW. The last columns are StellaAdamW's: "
+        "torch.linalg.svd. × is times AdamW. The last columns are StellaAdamW's. "
         f"{BYTES} AdamW's are 7 words an element.\n\n"
     )
     header = ("r:", "layers:", "AdamW ms:", "of copy:", "StellaAdamW ms:", "×:", "attach ms:", "×:", "published ms:",
@@ -156,7 +157,7 @@ def retractions(report: Report) -> Section:
         ))  # fmt: skip
     header = ("r:", "layers:", "ours ms:", "svd ms:", "× faster:", "best of torch ms:", "× faster:", "MB:", "GB/s:",
               "of copy:")  # fmt: skip
-    told = f"The same factors after an optimizer has moved them. The last columns are ours: {BYTES}\n\n"
+    told = f"The same factors after an optimizer has moved them. {BYTES}\n\n"
     return "Project and retract", told + rows(header, lines)
 
 
@@ -197,7 +198,8 @@ def models(report: Report) -> Section:
     told = (
         "Forward, backward and optimizer of SmolLM2-135M's shape with random weights, adapters of rank "
         f"{found[0]['rank']} on all 7 projections: LoRA with torch's fused AdamW, ours with StellaAdamW. Below 1 ours "
-        "is faster. As a graph, forward and backward are one CUDA graph and the optimizer is called eagerly.\n\n"
+        "is faster. As a graph, forward and backward are one CUDA graph and the optimizer is called eagerly; compiled "
+        "is each layer of the model by torch.compile.\n\n"
         + "".join(f"{cell(note['text'])}.\n\n" for note in records(report, "note", "model"))
     )
     header = ("mode", "dropout:", "batch × tokens:", "dtype", "LoRA ms:", "ours ms:", "ours / LoRA:", "LoRA peak MiB:",

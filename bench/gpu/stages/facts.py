@@ -24,6 +24,7 @@ NVIDIA_SMI = (
 )
 SIZE, COPIED = 8192, 2**28  # of a product's sides, and bytes of a copy: far out of cache
 ROUNDS = 8
+OWN = ("STELLA_KERNELS_AUTOTUNE", "STELLA_KERNELS_CACHE")  # set by the run itself, stage by stage
 
 
 def run(setting: Setting) -> None:
@@ -68,7 +69,10 @@ def _software() -> dict[str, object]:
         "native CPU library": "none: the reference serves the CPU" if native is None else native.compiler,
         "backend of a GPU": backends.triton_why_not() or "Triton",
         "operating system": f"{platform.system()} {platform.release()}",
-        "variables": {k: v for k, v in os.environ.items() if k in environment.VARIABLES or k.startswith("TRITON_INT")},
+        "variables": ", ".join(
+            f"{k}={os.environ[k]}" for k in environment.VARIABLES if k in os.environ and k not in OWN
+        )
+        or "none",
     }
 
 

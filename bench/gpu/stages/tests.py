@@ -49,6 +49,8 @@ def run(setting: Setting) -> None:
     outcomes = [record for record in read_records(setting.folder, setting.stage) if record["kind"] == "test"]
     count = {kind: sum(one["outcome"] == kind for one in outcomes) for kind in ("passed", "failed", "skipped")}
     text = ", ".join(f"{number} {kind}" for kind, number in count.items() if number) or "none ran"
+    reasons = sorted({one["text"].removeprefix("Skipped: ") for one in outcomes if one["outcome"] == "skipped"})
+    text += f" ({'; '.join(reasons)})" if reasons else ""
     setting.verdict(not count["failed"] and count["passed"] > 0 and status in (0, 2), f"tests/gpu: {text}")
     if setting.left < 0:
         setting.missing("the rest of tests/gpu: no time left")

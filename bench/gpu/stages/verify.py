@@ -28,6 +28,7 @@ def run(setting: Setting) -> None:
     """The quick cases, or the rest of them in the stage of that name."""
     chosen = chosen_cases(setting.rehearse, setting.stage)
     implementation = implementation_of(setting)
+    setting.record("table", cases=len(cases()))
     for index, case in enumerate(chosen[setting.start :], setting.start):
         if setting.left < 0:
             setting.missing(f"{len(chosen) - index} of {len(chosen)} cases of the table: no time left")
