@@ -4,6 +4,7 @@
 #   make test     the full test suite
 #   make bench    the retraction and the optimizer step against torch's ways, the adapter against LoRA, at real models' shapes
 #   make gpu      everything about a GPU that is here, in 8 minutes, into one folder; nothing is installed
+#   make test-ptx the GPU kernels as they are compiled, in an emulator: the whole table, for each Triton and architecture
 #   make test-arm the CPU kernels compiled for 64-bit ARM, on an emulated processor
 #   make sanitize the CPU kernels under sanitizers of memory, undefined behaviour and threads: tests and random calls
 #   make docs     the documentation as pages, in site/
@@ -32,6 +33,13 @@ OLDEST_PEFT ?= peft==0.18.0 torchao==0.14.1
 # kernels run on them too, wherever the environment has a Triton. Empty turns that run off.
 OLDEST_TRITON ?= triton==3.5.0 numpy==2.3.5
 
+# What `make test-ptx` compiles the GPU's kernels with, beside the environment's own Triton and the oldest: those that
+# torch 2.10 and 2.11 come with. And for which architectures; sm_90's wgmma and TMA are none that the emulator knows.
+TRITONS ?= 3.6.0
+PTX_ARCHS ?= 80 89 120
+# Of the table, for a part of it: `make test-ptx PTX_SHARD=0/8`.
+PTX_SHARD ?= 0/1
+
 # A compiler for other processors, and an emulator of one.
 ARM_PACKAGES ?= ziglang==0.17.1 unicorn==2.1.4
 
@@ -52,13 +60,16 @@ REVIEWS := $(CACHE)/vaderSentiment-3.3.2.tar.gz
 OLDEST_PEFT_DIR := $(CACHE)/oldest-peft
 OLDEST_TRITON_DIR := $(CACHE)/oldest-triton
 ARM_DIR := $(CACHE)/arm
+PTX_DIR := $(CACHE)/ptx
 SANITIZE_DIR := $(CACHE)/sanitize
 HAS_TRITON := $(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("triton") is None)'
 NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+TEST_SOURCES := $(shell find tests -name '*.cpp' -o -name '*.h')
 BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml csrc/cpu/torch/generate_signatures.py \
   stella_kernels/operators/signatures.py $(NATIVE_SOURCES)
 
-.PHONY: env build test test-oldest-peft test-oldest-triton test-arm sanitize sanitize-slice demo bench gpu docs lint format clean
+.PHONY: env build test test-oldest-peft test-oldest-triton test-arm test-ptx test-ptx-slice sanitize sanitize-slice \
+  demo bench gpu docs lint format clean
 
 env: $(VENV)/env.stamp
 build: $(VENV)/build.stamp
@@ -75,7 +86,7 @@ $(VENV)/build.stamp: $(VENV)/env.stamp $(BUILD_INPUTS)
 	@touch $@
 
 # The full suite runs last, so that its summary is what a log ends with.
-test: build sanitize-slice $(if $(OLDEST_PEFT),test-oldest-peft) $(if $(OLDEST_TRITON),test-oldest-triton)
+test: build sanitize-slice test-ptx-slice $(if $(OLDEST_PEFT),test-oldest-peft) $(if $(OLDEST_TRITON),test-oldest-triton)
 	$(BIN)/python -m pytest tests $(PYTEST_ARGS)
 
 test-oldest-peft: build $(OLDEST_PEFT_DIR)/stamp
@@ -109,6 +120,34 @@ test-arm: build $(ARM_DIR)/stamp
 $(ARM_DIR)/stamp: Makefile $(VENV)/env.stamp
 	rm -rf $(ARM_DIR)
 	$(PIP) install --target $(ARM_DIR)/packages $(ARM_PACKAGES)
+	@touch $@
+
+# The emulator, in a library by the name of a GPU's driver; it has to be there before Triton looks for one.
+PTX_TESTS := STELLA_PTX_LIBRARIES=$(abspath $(PTX_DIR))/build OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ptx
+
+.PHONY: ptx-libraries
+ptx-libraries: build
+	cmake -G Ninja -S . -B $(PTX_DIR)/build -D STELLA_KERNELS_PTX=ON \
+	  -D STELLA_KERNELS_TORCH="$$($(BIN)/python -c 'import torch; print(*torch.__path__)')"
+	cmake --build $(PTX_DIR)/build
+
+# Every Triton is a folder in front of the environment; the environment's own is none.
+PTX_TRITONS := "" $(if $(OLDEST_TRITON),$(abspath $(OLDEST_TRITON_DIR))) $(TRITONS:%=$(abspath $(CACHE))/triton-%)
+
+test-ptx: ptx-libraries $(if $(OLDEST_TRITON),$(OLDEST_TRITON_DIR)/stamp) $(TRITONS:%=$(CACHE)/triton-%/stamp)
+	if $(HAS_TRITON); then set -e; for triton in $(PTX_TRITONS); do for arch in $(PTX_ARCHS); do \
+	  echo "Triton of $${triton:-the environment}, sm_$$arch"; \
+	  PYTHONPATH=$$triton STELLA_PTX_ARCH=$$arch STELLA_PTX_SHARD=$(PTX_SHARD) $(PTX_TESTS) $(PYTEST_ARGS); \
+	  done; done; fi
+
+# What does not take minutes to compile, and of the table a draw.
+test-ptx-slice: ptx-libraries
+	if $(HAS_TRITON); then STELLA_PTX_SLICE=1 $(PTX_TESTS) -m "not slow" $(PYTEST_ARGS); fi
+
+$(CACHE)/triton-%/stamp: Makefile $(VENV)/env.stamp
+	rm -rf $(@D)
+	mkdir -p $(@D)
+	if $(HAS_TRITON); then $(PIP) install --no-deps --target $(@D) triton==$*; fi
 	@touch $@
 
 # Into a folder each: the library for Python, and a program of the kernels alone.
@@ -159,12 +198,12 @@ lint: $(VENV)/env.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(NATIVE_SOURCES) tests/arm/core.cpp tests/sanitize/threads.cpp
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE_SOURCES) $(TEST_SOURCES)
 
 format: $(VENV)/env.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(NATIVE_SOURCES) tests/arm/core.cpp tests/sanitize/threads.cpp
+	$(BIN)/clang-format -i $(NATIVE_SOURCES) $(TEST_SOURCES)
 
 clean:
 	rm -rf $(VENV) $(CACHE) build dist site demo-output bench/results *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

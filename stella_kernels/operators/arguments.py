@@ -167,8 +167,13 @@ def _riemannian_gradient_(a: signatures.RiemannianGradient) -> None:
 
 
 def _project_retract_(a: signatures.ProjectRetract) -> None:
-    _check_method(a.name, a.method)
     _check_lists(a.name, "moved", a.moved, previous=a.previous)
+    check_divisors(a)
+
+
+def check_divisors(a: signatures.ProjectRetract) -> None:
+    """What is asked of project_retract_ at every call, whatever was asked of its tensors before."""
+    _check_method(a.name, a.method)
     if len(a.divisors) != len(a.moved):
         raise RuntimeError(f"{a.name}: divisors: found {len(a.divisors)}, wanted {len(a.moved)}, one a factor.")
     for i, divisor in enumerate(a.divisors):
@@ -181,6 +186,20 @@ def _stella_adamw_(a: signatures.StellaAdamWStep) -> None:
     _check_lists(a.name, "factors", a.factors, **lists)
     if len(a.couplings) != len(a.factors):
         raise RuntimeError(f"{a.name}: couplings: found {len(a.couplings)}, wanted {len(a.factors)}, one a factor.")
+    check_hyperparameters(a)
+    for i, (K, Y) in enumerate(zip(a.couplings, a.factors, strict=True)):
+        if not K.numel():
+            continue
+        square = (Y.shape[1], Y.shape[1])
+        if tuple(K.shape) != square or K.dtype not in (torch.float32, torch.float64) or K.device != Y.device:
+            raise RuntimeError(
+                f"{a.name}: couplings[{i}]: found {_described(K)}, wanted {square}, float32 or float64 on {Y.device}, "
+                "or an empty tensor."
+            )
+
+
+def check_hyperparameters(a: signatures.StellaAdamWStep) -> None:
+    """What is asked of stella_adamw_ at every step, whatever was asked of its tensors before."""
     settings, wanted = a.hyperparameters, (len(a.factors), SETTINGS)
     if tuple(settings.shape) != wanted or settings.dtype != torch.float64:
         raise RuntimeError(
@@ -197,15 +216,6 @@ def _stella_adamw_(a: signatures.StellaAdamWStep) -> None:
                     f"{a.name}: hyperparameters[{i}]: found divisor {divisor} and step {step}, wanted a positive "
                     "divisor, and steps from 1 on."
                 )
-    for i, (K, Y) in enumerate(zip(a.couplings, a.factors, strict=True)):
-        if not K.numel():
-            continue
-        square = (Y.shape[1], Y.shape[1])
-        if tuple(K.shape) != square or K.dtype not in (torch.float32, torch.float64) or K.device != Y.device:
-            raise RuntimeError(
-                f"{a.name}: couplings[{i}]: found {_described(K)}, wanted {square}, float32 or float64 on {Y.device}, "
-                "or an empty tensor."
-            )
 
 
 # ---- the adapter -----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ everywhere), ``cpu`` or ``triton`` (as auto, but an error that says why where th
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -22,6 +23,7 @@ from .. import environment
 from ..checks import BackendUnavailableError
 from .signatures import OPERATORS
 
+_LEAST_CAPABILITY = 8  # of an NVIDIA GPU, its major number
 _LIBRARY = Path(__file__).parents[1] / "_cpu.so"
 
 
@@ -40,7 +42,30 @@ def requested() -> str:
 
 
 def triton_why_not() -> str:
-    """Why Triton's kernels do not serve on a GPU; empty where they do."""
+    """Why Triton's kernels serve on no GPU of this machine; empty where they do. Starts CUDA where there is a GPU."""
+    reason = _triton_cannot_start()
+    if reason:
+        return reason
+    reasons = [gpu_too_old(index) for index in range(torch.cuda.device_count())]
+    return reasons[0] if reasons and all(reasons) else ""
+
+
+@functools.cache
+def gpu_too_old(index: int) -> str:
+    """Why the kernels do not run on that GPU; empty where they do. Older ones lack shared memory and instructions."""
+    if torch.version.hip is not None:
+        return ""
+    major, minor = torch.cuda.get_device_capability(index)
+    if major >= _LEAST_CAPABILITY:
+        return ""
+    return (
+        f"the GPU {torch.cuda.get_device_name(index)} has compute capability {major}.{minor}; the kernels want "
+        f"{_LEAST_CAPABILITY}.0 or newer"
+    )
+
+
+def _triton_cannot_start() -> str:
+    """As :func:`triton_why_not`, as far as can be told without starting CUDA."""
     missing = triton_missing()
     if not missing and not torch.cuda.is_available():
         return "there is no GPU that torch can use"
@@ -98,7 +123,7 @@ def _load_cpu_library() -> Backend:
             backend = Backend("cpu", False, why_not)
     if choice == "cpu" and not backend.available:
         raise BackendUnavailableError(f"STELLA_KERNELS_BACKEND=cpu: {backend.why_not}.")
-    if choice == "triton" and (reason := triton_why_not()):
+    if choice == "triton" and (reason := _triton_cannot_start()):
         raise BackendUnavailableError(f"STELLA_KERNELS_BACKEND=triton: {reason}.")
     return backend
 

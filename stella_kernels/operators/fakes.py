@@ -12,10 +12,11 @@ from . import backends, signatures
 from .status import INFO_COLUMNS
 
 
-def _info(operator: str, factors: list[Tensor]) -> Tensor:
+def _info(factors: list[Tensor]) -> Tensor:
     device = factors[0].device if factors else torch.device("cpu")
-    served = backends.serving(operator, device.type) == "triton"
-    return torch.empty((len(factors), INFO_COLUMNS), dtype=torch.float64, device=device if served else "cpu")
+    # Triton's operators leave it on the device, also where they pass a GPU's factors on to the reference.
+    there = device.type == "cuda" and not backends.triton_missing()
+    return torch.empty((len(factors), INFO_COLUMNS), dtype=torch.float64, device=device if there else "cpu")
 
 
 def _polar(a: signatures.Polar) -> tuple[Tensor, Tensor]:
@@ -27,15 +28,15 @@ def _polar(a: signatures.Polar) -> tuple[Tensor, Tensor]:
 
 
 def _riemannian_gradient_(a: signatures.RiemannianGradient) -> Tensor:
-    return _info(a.name, a.gradients)
+    return _info(a.gradients)
 
 
 def _project_retract_(a: signatures.ProjectRetract) -> Tensor:
-    return _info(a.name, a.moved)
+    return _info(a.moved)
 
 
 def _stella_adamw_(a: signatures.StellaAdamWStep) -> Tensor:
-    return _info(a.name, a.factors)
+    return _info(a.factors)
 
 
 def _philox_dropout(a: signatures.PhiloxDropout) -> Tensor:

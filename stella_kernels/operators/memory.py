@@ -26,14 +26,14 @@ def overlaps_itself(t: Tensor) -> bool:
     reach = 0  # of the sides with smaller strides: a stride beyond it starts anew
     for stride, size in sorted(sides):
         if stride <= reach:
-            return bool((_marks(t, _extent(t)) > 1).any())
+            return bool((_marks(t, extent(t)) > 1).any())
         reach += stride * (size - 1)
     return False
 
 
 def first_shared(tensors: Sequence[Tensor], written: Sequence[bool]) -> tuple[int, int] | None:
     """Places of a tensor that is written and another that has some of its memory; none is empty."""
-    spans = sorted((t.data_ptr(), t.data_ptr() + _extent(t) * t.element_size(), i) for i, t in enumerate(tensors))
+    spans = sorted((t.data_ptr(), t.data_ptr() + extent(t) * t.element_size(), i) for i, t in enumerate(tensors))
     for place, (_, end, i) in enumerate(spans):
         for begin, _, j in spans[place + 1 :]:
             if begin >= end:
@@ -45,7 +45,7 @@ def first_shared(tensors: Sequence[Tensor], written: Sequence[bool]) -> tuple[in
     return None
 
 
-def _extent(t: Tensor) -> int:
+def extent(t: Tensor) -> int:
     """Elements from the first to the last, both counted."""
     return 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
 
@@ -65,7 +65,7 @@ def meet(a: Tensor, b: Tensor) -> bool:
     if same and rest == 0 and min(a.stride()) > 0:
         return _matrices_meet(a, b, apart)
     begin = min(a.data_ptr(), b.data_ptr())
-    end = max(t.data_ptr() + _extent(t) * t.element_size() for t in (a, b))
+    end = max(t.data_ptr() + extent(t) * t.element_size() for t in (a, b))
     return bool((_bytes(a, begin, end) & _bytes(b, begin, end)).any())
 
 
@@ -82,7 +82,7 @@ def _matrices_meet(a: Tensor, b: Tensor, apart: int) -> bool:
 
 def _bytes(t: Tensor, begin: int, end: int) -> Tensor:
     """Which bytes between two addresses ``t`` takes."""
-    taken = (_marks(t, _extent(t)) > 0).repeat_interleave(t.element_size())
+    taken = (_marks(t, extent(t)) > 0).repeat_interleave(t.element_size())
     everywhere = torch.zeros(end - begin, dtype=torch.bool, device="cpu")
     everywhere[t.data_ptr() - begin :][: len(taken)] = taken
     return everywhere

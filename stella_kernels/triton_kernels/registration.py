@@ -7,6 +7,7 @@ and a CUDA graph can capture them once the tensors' addresses are known from a c
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -23,25 +24,32 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
 
 
-def _implementations() -> dict[str, Callable[[Any], Any]]:
-    found: dict[str, Callable[[Any], Any]] = {}
-    for room in ("stiefel", "adapter"):
-        found |= importlib.import_module(f"stella_kernels.triton_kernels.{room}.operators").IMPLEMENTATIONS
-    return found
-
-
+@functools.cache
 def operators() -> dict[str, Callable[..., Any]]:
-    """What Triton has, by operator, to be called as torch calls it; imports Triton."""
-    return {signature.name: positional(signature, _implementations()[signature.name]) for signature in SIGNATURES}
+    """What Triton has, by operator, to be called as torch calls it; imports Triton.
+
+    Those of a layer, called some hundred times a step, are launched by plans (``launch/plan.py``).
+    """
+    stiefel, adapter = (
+        importlib.import_module(f"stella_kernels.triton_kernels.{room}.operators").IMPLEMENTATIONS
+        for room in ("stiefel", "adapter")
+    )
+    planned = importlib.import_module("stella_kernels.triton_kernels.launch.plan").Planned
+    return {
+        signature.name: positional(signature, stiefel[signature.name])
+        if signature.name in stiefel
+        else planned(signature, adapter[signature.name])
+        for signature in SIGNATURES
+    }
 
 
 def _first_call_imports(signature: type[Signature]) -> Callable[..., Any]:
-    known: list[Callable[[Any], Any]] = []
+    known: list[Callable[..., Any]] = []
 
     def serve(*arguments: Any) -> Any:
         if not known:
-            known.append(_implementations()[signature.name])
-        return known[0](signature(*arguments))
+            known.append(operators()[signature.name])
+        return known[0](*arguments)
 
     return serve
 

@@ -89,3 +89,41 @@ def test_an_overflowing_gradient_stops_the_list_before_anything_is_written(dtype
     info = kernels.riemannian_gradient_([within], [y], [])
     assert info[0, 0] == status.STATUS_OK
     assert bool(within.isfinite().all())
+
+
+# Of 'previous', in units of what it would be were it orthonormal: how far from the manifold it may lie.
+FAR = {
+    "long": lambda Q, scale: Q * scale,
+    "skewed": lambda Q, scale: torch.randn_like(Q) * scale,
+    "of one column": lambda Q, scale: Q[:, :1].expand_as(Q) * scale,
+    "of rank one": lambda Q, scale: Q[:, :1] @ torch.randn_like(Q[:1]) * scale,
+    "graded": lambda Q, scale: Q * torch.logspace(0, -6, Q.shape[1], dtype=Q.dtype),
+    "zero": lambda Q, scale: Q * 0.0,
+}
+
+
+@pytest.mark.parametrize("kind", FAR)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("method", ["auto", "newton_schulz", "svd"])
+def test_far_from_the_manifold_a_retraction_is_orthonormal_or_says_so(kind: str, dtype: torch.dtype, method: str):
+    """Y, to which a long Y's move is added, leaves its round-off: once 0.2 at status 0 and a residual of 2e-6."""
+    exponents = range(-3, 4) if dtype == torch.float16 else range(-8, 9, 2)
+    kept = 0
+    for seed, exponent in enumerate(exponents):
+        torch.manual_seed(seed)
+        n, r = ((300, 4), (40, 3), (7, 7), (16, 1))[seed % 4]
+        previous = FAR[kind](orthonormal(n, r), 10.0**exponent).to(dtype)
+        step = torch.randn(n, r, dtype=torch.float64) * (0.0, 1e-3, 1.0)[seed % 3]
+        moved = (previous.double() + step).to(dtype)
+        before = moved.clone()
+        row = kernels.project_retract_([moved], [previous], [1.0], method)[0]
+        if row[0] != status.STATUS_OK:
+            assert torch.equal(moved, before)
+            continue
+        kept += 1
+        error = (moved.double().mT @ moved.double() - torch.eye(r)).norm()
+        assert error <= row[1] + 1e-15 * r
+        unit = max(torch.finfo(dtype).eps, 1e-15)
+        # the bound's own width: 8 times the condition's limit of 16 and rounding to storage (csrc's residual.h)
+        assert row[1] <= 150 * unit * r
+    assert kept or kind in ("zero", "of one column", "of rank one")

@@ -210,26 +210,43 @@ def step(couplings, rows, dtype=torch.float32):
 
 rows = torch.tensor([[1e-3, 0.9, 0.999, 1e-8, 1.0, 1.0, 1.0]], dtype=torch.float64)
 none = torch.empty(0)
-found = [step([K], rows) for K in (torch.zeros(2, 2), torch.zeros(4, 4).bfloat16(), torch.zeros(4, 4, device="meta"))]
-found += [step([], rows), step([none], rows.float()), step([none], rows), step([torch.zeros(4, 4)], rows)]
+refused = [step([K], rows) for K in (torch.zeros(2, 2), torch.zeros(4, 4).bfloat16(), torch.zeros(4, 4, device="meta"))]
+refused += [step([], rows), step([none], rows.float()), step([none], rows), step([torch.zeros(4, 4)], rows)]
 
 # the steps of half-precision factors are kept in one memory, wherever their gradients are
 Y, held = torch.linalg.qr(torch.randn(20, 4)).Q.bfloat16(), []
+kept = []
+def found(columns, steps=False):
+    kept.append(columns)
+    identity = table.identity_of(columns)
+    return table.met_before(identity, steps) or table.table_of(identity, columns, steps=steps)
+
 for _ in range(3):
-    held.append(table.table_of([[Y], [torch.randn_like(Y)], [torch.zeros_like(Y)], [torch.zeros_like(Y)]], steps=True))
-assert len({t.held[0].data_ptr() for t in held}) == 1 and len({t.rows.data_ptr() for t in held}) == 3
+    held.append(found([[Y], [torch.randn_like(Y)], [torch.zeros_like(Y)], [torch.zeros_like(Y)]], steps=True))
+assert len({t.held.tensors[0].data_ptr() for t in held}) == 1 and len({t.rows.data_ptr() for t in held}) == 3
+assert found(kept[1], steps=True) is held[1]
+for t, columns in zip(held, kept):
+    assert t.rows[0, table.HEADER :: table.FIELDS][:4].tolist() == [c[0].data_ptr() for c in columns]
+
+# of other memory, its addresses take the others' places, where nothing shares it and loads are as wide; else anew
+one, two, odd = torch.randn(40, 4), torch.randn(40, 4), torch.randn(161)[1:].view(40, 4)
+first = found([[one], [two]])
+assert found([[two], [one]]).items is first.items and found([[one], [one]]).items is not first.items
+assert found([[one], [odd]]).rows[0, table.HEADER + table.FIELDS + 3] == table.GENERAL
+assert found([[one[:, :2]], [two[:, :2]]]).items is not first.items
 
 # a graph's tables outlive the cache, and it takes no settings from the host
-device.capturing = launches.capturing = lambda device: True
-kept = table.table_of([[Y], [Y]])
+device.capturing = launches.capturing = table.capturing = lambda device: True
+of_a_graph = found([[Y], [Y]])
 for _ in range(2 * table._KEPT):
-    table.table_of([[torch.linalg.qr(torch.randn(20, 4)).Q]] * 2)
-assert any(each is kept for each in device._captured) and all(each is not kept for each in table._tables.values())
+    found([[torch.linalg.qr(torch.randn(20, 4)).Q]] * 2)
+assert any(each is of_a_graph for each in device._captured)
+assert all(each is not of_a_graph for _, each in table._tables.values())
 try:
     launches._to_device(rows, torch.device("meta"))
 except RuntimeError as error:
-    found.append([str(error), True])
-print(json.dumps(found))
+    refused.append([str(error), True])
+print(json.dumps(refused))
 """
 
 

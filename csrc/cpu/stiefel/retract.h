@@ -80,14 +80,15 @@ bool retract_coefficients(const double* gram, int64_t r, const Limits& limits, d
   gram_of_moved<T>(C, A, G, r, tolerance);
   const SmallResult result = inverse_square_root<T>(G, r, tolerance, R);
   outcome->iterations += result.iterations;
-  // A step along Y cancels in G, and leaves there the round-off of the terms that cancelled.
+  // A step along Y cancels in G, and leaves there the round-off of the terms that cancelled. Q leaves that of Y, from
+  // which Y (I - B R) is taken: ||Y||_2^2 <= 1 + drift.
   double terms = 1.0, sum = 0.0;
   for (int64_t i = 0; i < r; ++i) {
     const double term = gram[(r + i) * order + r + i], left = G[i * leading + i];
     if (term > terms) terms = term;
     if (left > sum) sum = left;
   }
-  const double growth = terms > sum ? terms / sum : 1.0;
+  const double growth = (terms > sum ? terms / sum : 1.0) * __builtin_sqrt(1.0 + outcome->drift);
   if (!result.converged || !(result.condition * growth <= limits.condition)) return false;
   double condition = result.condition;
   if (!result.bounded) {
@@ -207,6 +208,17 @@ void retract_by_svd(const RetractJob& job, Outcome* outcome) {
   retract_by_svd(Y, D, job.moved, outcome);
 }
 
+// What is orthonormal to half of float64's digits, to all of them: its own polar factor, in place.
+void polish(const MatrixView& factor, Outcome* outcome) {
+  if (outcome->residual <= bounded_limit<double>(factor.r)) return;
+  PolarJob again{};
+  again.in = again.out = factor;
+  Outcome second;
+  if (!polar_newton_schulz<double>(again, 1.0, kConditionLimit, &second)) return;
+  outcome->residual = second.residual;
+  outcome->iterations += second.iterations;
+}
+
 void retract(const RetractJob& job, Method method, Outcome* outcome) {
   const int64_t n = job.moved.n, r = job.moved.r;
   *outcome = Outcome();
@@ -217,6 +229,7 @@ void retract(const RetractJob& job, Method method, Outcome* outcome) {
   if (method != Method::svd) {
     const bool done = wide ? retract_newton_schulz<double>(job, automatic, outcome)
                            : retract_newton_schulz<float>(job, automatic, outcome);
+    if (done && wide && !automatic) polish(job.moved, outcome);
     if (done) return;
   }
   if (!all_finite(job.moved) || !all_finite(job.previous)) {

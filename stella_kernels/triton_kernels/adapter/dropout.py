@@ -35,7 +35,7 @@ def kept(seed, threshold, start, rows, first, n, DROPS_ALL: tl.constexpr, QUADS:
     return words >= threshold.to(tl.uint32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["T", "threshold"])
 def dropout_kernel(
     x,
     out,

@@ -24,6 +24,16 @@ def narrowed(value, OPERAND: tl.constexpr, DOT: tl.constexpr, TO: tl.constexpr):
 
 
 @triton.jit
+def rounded(value, PRECISION: tl.constexpr):
+    """An operand of a product in PRECISION: of 'tf32' to the nearest, where tensor cores cut off 13 bits."""
+    if PRECISION == "tf32":
+        bits = value.to(tl.int32, bitcast=True)
+        near = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        value = tl.where(value - value == 0.0, near, value)  # not NaN, whose bits might become those of a number
+    return value
+
+
+@triton.jit
 def load_core(S, row, column, r, R: tl.constexpr, TO: tl.constexpr, DIAGONAL: tl.constexpr):
     """S (R, R), zero outside (r, r); of a diagonal S its (1, R) row."""
     i = tl.arange(0, R)
@@ -45,18 +55,19 @@ def store_projection(
     i = tl.arange(0, R)
     at = start * r + rows[:, None] * r + i[None, :]
     mask = (rows < left)[:, None] & (i < r)[None, :]
-    rounded = value.to(OPERAND)
+    kept_value = value.to(OPERAND)
     if KEEP:
-        tl.store(A + at, rounded, mask=mask)
+        tl.store(A + at, kept_value, mask=mask)
     core = load_core(S, s_row, s_column, r, R, TO, DIAGONAL)
     if DIAGONAL:
-        product = rounded.to(TO) * core
-    else:
-        product = tl.dot(rounded.to(TO), tl.trans(core), input_precision=PRECISION, out_dtype=TO)
+        product = kept_value.to(TO) * core
+    else:  # a half type is a tf32 as it is
+        core = rounded(core, PRECISION)
+        product = tl.dot(kept_value.to(TO), tl.trans(core), input_precision=PRECISION, out_dtype=TO)
     tl.store(P + at, product.to(OPERAND), mask=mask)
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["T", "threshold"])
 def project_kernel(
     x,
     Vt,
@@ -142,7 +153,7 @@ def load_sum(partials, splits, start, rows, left, T, r, R: tl.constexpr, TO: tl.
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "splits"])
 def core_kernel(
     partials,
     S,
@@ -170,7 +181,7 @@ def core_kernel(
     store_projection(total, S, A, P, start, rows, left, r, s_row, s_column, OPERAND, TO, CORE, DIAGONAL, R, KEEP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def accumulate_kernel(
     y,
     bias,

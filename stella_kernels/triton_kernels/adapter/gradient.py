@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 
 from .dropout import kept
-from .forward import load_core, load_sum, narrowed
+from .forward import load_core, load_sum, narrowed, rounded
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def contract_kernel(
     grad_y,
     P,
@@ -74,7 +74,7 @@ def contract_kernel(
         tl.store(partial_U + at, tl.trans(total), mask=outside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "splits"])
 def core_gradient_kernel(
     partials,
     A,
@@ -105,21 +105,25 @@ def core_gradient_kernel(
     left = tl.minimum(T - start, chunk).to(tl.int32)
     s = tl.full((1, 1), scale, TO)
     core = load_core(S, s_row, s_column, r, R, TO, DIAGONAL)
+    if not DIAGONAL:
+        core = rounded(core, CORE)
     total = tl.zeros((1, R) if DIAGONAL else (R, R), dtype=TO)
     for block in range(0, left, ROWS):
         rows = block + tl.arange(0, ROWS)
         mask = (rows < left)[:, None] & (ranks < r)[None, :]
         at = start * r + rows[:, None] * r + ranks[None, :]
         Q = s * load_sum(partials, splits, start, rows, left, T, r, R, TO)  # (ROWS, R)
+        if not DIAGONAL:
+            operand = rounded(Q, CORE)
         if NEED_K:
-            product = Q * core if DIAGONAL else tl.dot(Q, core, input_precision=CORE, out_dtype=TO)
+            product = Q * core if DIAGONAL else tl.dot(operand, core, input_precision=CORE, out_dtype=TO)
             tl.store(K + at, product.to(OPERAND), mask=mask)
         if NEED_S:
             a = tl.load(A + at, mask=mask, other=0.0).to(TO)  # (ROWS, R)
             if DIAGONAL:
                 total += tl.sum(Q * a, axis=0)[None, :]
             else:
-                total = tl.dot(tl.trans(Q), a, total, input_precision=CORE, out_dtype=TO)
+                total = tl.dot(tl.trans(operand), a, total, input_precision=CORE, out_dtype=TO)
     if NEED_S:
         if DIAGONAL:
             tl.store(partial_S + part * r + ranks[None, :], total, mask=(ranks < r)[None, :])
@@ -128,7 +132,7 @@ def core_gradient_kernel(
             tl.store(partial_S + at, total, mask=(ranks < r)[:, None] & (ranks < r)[None, :])
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["T", "threshold"])
 def spread_kernel(
     x,
     K,
@@ -214,7 +218,7 @@ def spread_kernel(
         tl.store(partial_V + at, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks_U", "chunks_V", "chunks_S"])
 def sum_kernel(
     partial_U,
     grad_U,

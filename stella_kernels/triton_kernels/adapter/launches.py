@@ -14,6 +14,7 @@ from torch import Tensor
 from ...reference import philox
 from ..launch.configuration import arithmetic, element, padded_rank, precision
 from ..launch.device import target_backend
+from ..launch.plan import launch, scratch
 from . import configuration
 from .configuration import MULTIPROCESSORS, SUM_ITEMS, PassTiles, core_precision, joins_core_gradient, launch_options
 from .forward import accumulate_kernel, core_kernel, project_kernel
@@ -69,7 +70,7 @@ class Layer:
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Uninitialised memory, of the arithmetic's dtype unless told."""
-        return torch.empty(shape, dtype=dtype or self.wide, device=self.U.device)
+        return scratch(shape, dtype or self.wide, self.U.device)
 
 
 def _dropout(p: float, n: int) -> Arguments:
@@ -140,7 +141,9 @@ def launch_products(
     strips, width = strips_of(layer, x, tiles)
     partials = layer.new(strips, T, r) if out is None else layer.new(0)
     A, P = out or (partials, partials)
-    project_kernel[(triton.cdiv(T, tiles.rows) * strips,)](
+    launch(
+        project_kernel,
+        (triton.cdiv(T, tiles.rows) * strips,),
         *(x, factor, layer.S, A, P, partials, _seed(layer, x), T, n, r, width, *x.stride(), *factor.stride()),
         *(*layer.core_strides, threshold_of(p), inverse_of(p)),
         **(layer.types() | layer.core() | _dropout(p, n)),
@@ -159,7 +162,9 @@ def launch_core(
     splits, T, r = partials.shape
     tiles = configuration.default_tiles("core", layer.R, layer.dtype, target_backend())
     strides = layer.core_strides[::-1] if transposed else layer.core_strides
-    core_kernel[(triton.cdiv(T, tiles.rows),)](
+    launch(
+        core_kernel,
+        (triton.cdiv(T, tiles.rows),),
         *(partials, layer.S, P if A is None else A, P, T, r, splits, *strides, scale),
         **layer.core(),
         KEEP=A is not None,
@@ -172,7 +177,9 @@ def launch_accumulate(layer: Layer, y: Tensor, bias: Tensor | None, P: Tensor, r
     T, m = y.shape
     strips = triton.cdiv(m, tiles.columns)
     chunk = _rows_of_chunk(T, strips, tiles, layer.U.device)
-    accumulate_kernel[(triton.cdiv(T, chunk) * strips,)](
+    launch(
+        accumulate_kernel,
+        (triton.cdiv(T, chunk) * strips,),
         *(y, y if bias is None else bias, P, layer.U, T, m, layer.r, chunk, *y.stride()),
         *(0 if bias is None else bias.stride(0), *layer.U.stride(), layer.scale),
         **layer.types(),
@@ -193,7 +200,9 @@ def launch_contract(
     chunks = triton.cdiv(T, chunk)
     partial_Q = layer.new(strips if need_Q else 0, T, r)
     partial_U = layer.new(chunks if need_U else 0, m, r)
-    contract_kernel[(chunks * strips,)](
+    launch(
+        contract_kernel,
+        (chunks * strips,),
         *(grad_y, P, layer.U, partial_Q, partial_U, T, m, r, chunk, *grad_y.stride(), *layer.U.stride()),
         **layer.types(),
         INDEX=_index(max(chunk, m), max(m, layer.R), grad_y, layer.U),
@@ -218,7 +227,9 @@ def launch_core_gradient(
         launch_core(layer, partial_Q, None, K, layer.scale, transposed=True)
         need_K = False
     if need_S or need_K:
-        core_gradient_kernel[(chunks,)](
+        launch(
+            core_gradient_kernel,
+            (chunks,),
             *(partial_Q, A, layer.S, K, partial_S, T, r, splits, chunk, *layer.core_strides, layer.scale),
             **layer.core(),
             NEED_S=need_S,
@@ -238,7 +249,9 @@ def launch_spread(
     chunks = triton.cdiv(T, chunk)
     partial_V = layer.new(chunks if need_V else 0, r, n)
     target = x if grad_x is None else grad_x
-    spread_kernel[(chunks * strips,)](
+    launch(
+        spread_kernel,
+        (chunks * strips,),
         *(x, K, layer.Vt, target, partial_V, _seed(layer, x), T, n, r, chunk),
         *(*x.stride(), *layer.Vt.stride(), *target.stride(), threshold_of(layer.p), inverse_of(layer.p), beta),
         **layer.types(),
@@ -262,7 +275,9 @@ def launch_sums(layer: Layer, partials: list[Tensor], needed: list[bool]) -> lis
     if any(needed):
         (U, S, V), (grad_U, grad_S, grad_V) = partials, grads
         sizes = [grad.numel() for grad in (grad_U, grad_V, grad_S)]
-        sum_kernel[(sum(triton.cdiv(size, SUM_ITEMS) for size in sizes),)](
+        launch(
+            sum_kernel,
+            (sum(triton.cdiv(size, SUM_ITEMS) for size in sizes),),
             *(U, grad_U, sizes[0], U.shape[0], layer.scale),
             *(V, grad_V, sizes[1], V.shape[0], S, grad_S, sizes[2], S.shape[0]),
             TO=element(layer.wide),

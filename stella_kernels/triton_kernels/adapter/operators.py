@@ -16,7 +16,8 @@ from torch import Tensor
 from ...operators import arguments, fallback, signatures
 from ..launch import autotuning
 from ..launch.configuration import ELEMENTS, MAX_RANK, arithmetic, element
-from ..launch.device import on_device_of, target_backend
+from ..launch.device import on_device_of, runs_on, target_backend
+from ..launch.plan import launch
 from . import configuration
 from .configuration import DROPOUT_TILE, PassTiles, fuses_core, joins_contractions, launch_options
 from .dropout import dropout_kernel
@@ -168,14 +169,16 @@ def _backward(
 def philox_dropout(a: signatures.PhiloxDropout) -> Tensor:
     x, p, seed = a.x, a.p, a.seed
     arguments.check(a)
-    if p == 0.0 or not x.numel():
+    if p == 0.0 or not x.numel() or not runs_on(x.device):
         return fallback.philox_dropout(a)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     rows = x.reshape(-1, x.shape[-1] if x.dim() else 1)  # (T, n)
     T, n = rows.shape
     ROWS, COLUMNS = DROPOUT_TILE
     with on_device_of(x):
-        dropout_kernel[(triton.cdiv(T, ROWS) * triton.cdiv(n, COLUMNS),)](
+        launch(
+            dropout_kernel,
+            (triton.cdiv(T, ROWS) * triton.cdiv(n, COLUMNS),),
             *(rows, out, seed.to(x.device), T, n, *rows.stride(), threshold_of(p), inverse_of(p)),
             TO=element(arithmetic(x.dtype)),
             DROPS_ALL=p == 1.0,
@@ -195,10 +198,11 @@ def _layer(a: _Adapter, dtype: torch.dtype) -> Layer:
 
 
 def _takes(U: Tensor, *others: Tensor) -> bool:
-    """Whether the kernels have the rank and the dtypes; S of float64 past rank 64 is more than 99 KiB."""
+    """Whether the kernels have the rank and the dtypes, and run on the GPU; S of float64 past rank 64 is more than 99
+    KiB."""
     dtypes = {t.dtype for t in (U, *others)}
     most = MAX_RANK // 2 if torch.float64 in dtypes else MAX_RANK
-    return 0 < U.shape[1] <= most and dtypes <= ELEMENTS.keys()
+    return 0 < U.shape[1] <= most and dtypes <= ELEMENTS.keys() and runs_on(U.device)
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Any], Any]] = {

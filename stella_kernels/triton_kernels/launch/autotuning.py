@@ -34,6 +34,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from ... import environment
 from ...version import __version__
 from .device import capturing
+from .plan import unrecorded
 
 T = TypeVar("T")
 Clock = Callable[[Callable[[], None]], float]
@@ -169,7 +170,7 @@ def _measured(
         try:
             if clock is not None:
                 return clock(lambda: run(candidate))
-            with torch.cuda.device(device):
+            with torch.cuda.device(device), unrecorded():
                 return gpu_milliseconds(lambda: run(candidate))
         except (OutOfResources, CompilationError, PTXASError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "PassManager" not in str(error):  # a pass of the compiler

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from operator import attrgetter
+from threading import RLock
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
+from ...operators.memory import extent
 from . import configuration
 from .configuration import Tiles, arithmetic, padded_rank
-from .device import keep_for_graphs
+from .device import Shared, capturing, keep_for_graphs, sent
 
 HEADER = 8
 FIELDS = 4
@@ -42,7 +46,10 @@ def storage_of(tensor: Tensor) -> int:
 class Table:
     """What the kernels of one call over one list of factors are told."""
 
-    rows: Tensor  # (k, ROW) int64
+    host: Tensor  # (k, ROW) int64 on the CPU
+    extents: Tensor  # (columns k,) bytes from the first element of each tensor to past its last
+    coupled: bool  # whether a coupling was given
+    rows: Tensor  # the same on the device
     items: Tensor  # (count, 2) int64
     factors: int
     count: int
@@ -51,73 +58,131 @@ class Table:
     device: torch.device
     tiles: Tiles
     INDEX: tl.dtype
-    held: tuple[Tensor, ...]  # scratch that the table holds addresses of
+    shared: Shared  # the table itself
+    held: Shared  # scratch that it holds addresses of
 
     def scratch(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Uninitialised memory, of the arithmetic's dtype unless told."""
         return torch.empty(shape, dtype=dtype or arithmetic(self.dtype), device=self.device)
 
 
-_tables: OrderedDict[tuple[object, ...], Table] = OrderedDict()
-_steps: OrderedDict[tuple[object, ...], tuple[Tensor, ...]] = OrderedDict()
+_tables: OrderedDict[tuple[int, ...], tuple[tuple[object, ...], Table]] = OrderedDict()
+_steps: OrderedDict[tuple[object, ...], Shared] = OrderedDict()
+_one_at_a_time = RLock()  # of threads that look for a table
+
+_shape, _dtype = attrgetter("shape"), attrgetter("dtype")
 
 
-def _identity(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride()
+@dataclass(frozen=True)
+class Identity:
+    """What a table is of: the addresses of all tensors, and all else that it depends on."""
+
+    addresses: tuple[int, ...]  # after the number of columns
+    form: tuple[object, ...]
+
+
+def identity_of(columns: Sequence[Sequence[Tensor]], couplings: Sequence[Tensor] = ()) -> Identity:
+    """Of the tensors of a call over k factors, ``columns[j][i]`` the j-th tensor of factor i, seen as (n, r).
+
+    Called at every step with a thousand tensors and more: nothing is looped over in Python.
+    """
+    every = [*chain.from_iterable(columns), *couplings]
+    addresses = (len(columns), *map(Tensor.data_ptr, every))
+    device = every[0].device if every else None
+    return Identity(addresses, (device, *map(_shape, every), *map(Tensor.stride, every), *map(_dtype, every)))
+
+
+def met_before(identity: Identity, steps: bool = False) -> Table | None:
+    """A table of tensors that were seen in the same way before: what was asked of them then, holds still.
+
+    Of the same memory, or of another that nothing shares: gradients that ``zero_grad`` freed usually come back where
+    they were, and where not, their addresses take the places of others.
+    """
+    with _one_at_a_time:
+        found = _tables.get(identity.addresses)
+        if found is None:
+            made = _readdressed(identity, steps)
+            return None if made is None else _in_use(made)
+        if found[0] != identity.form:
+            return None
+        _tables.move_to_end(identity.addresses)
+        return _in_use(found[1])
 
 
 def table_of(
+    identity: Identity,
     columns: Sequence[Sequence[Tensor]],
     couplings: Sequence[Tensor] | None = None,
     steps: bool = False,
-    new: Callable[[], None] | None = None,
 ) -> Table:
-    """The table of k factors, ``columns[j][i]`` the j-th tensor of factor i, each an (n, r) view of one dtype.
+    """The table of k factors of one dtype, made for this memory and found again by its identity.
 
-    Built once for the same memory: a step whose tensors stay where they are, and a captured CUDA graph, copy nothing.
-    Gradients that ``zero_grad`` frees usually come back where they were; where not, the host builds another, some ms.
-    ``steps`` adds float32 scratch of the factors' size as the fifth tensor. ``new`` is called, and may raise, before a
-    table is made of memory that was not met before.
+    A step whose tensors stay where they are, and a captured CUDA graph, then copy nothing. ``steps`` adds float32
+    scratch of the factors' size as the fifth tensor. A table that is made while a graph is captured is that graph's: it
+    has no contents before the first replay.
     """
-    factors = columns[0]
-    first = factors[0]
-    R = padded_rank(max(Y.shape[1] for Y in factors))
-    tiles = configuration.tiles_for(R, first.dtype)
-    key = (
-        first.device,
-        first.dtype,
-        tiles,
-        steps,
-        tuple(_identity(t) for column in columns for t in column),
-        tuple((*_identity(K), K.dtype) if K.numel() else None for K in couplings or ()),
-    )
-    known = _tables.get(key)
-    if known is None:
-        if new is not None:
-            new()
-        known = _tables[key] = _build(columns, couplings, steps, R, tiles)
+    with _one_at_a_time:
+        return _in_use(_kept(identity.addresses, identity.form, _build(columns, couplings, steps)))
+
+
+def _kept(addresses: tuple[int, ...], form: tuple[object, ...], table: Table) -> Table:
+    if not capturing(table.device):
+        _tables[addresses] = form, table
+        _tables.move_to_end(addresses)
         if len(_tables) > _KEPT:
             _tables.popitem(last=False)
-    _tables.move_to_end(key)
-    keep_for_graphs(first.device, known)
-    return known
+    return table
 
 
-def _steps_of(factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _in_use(table: Table) -> Table:
+    table.shared.use()
+    table.held.use()
+    keep_for_graphs(table.device, table)
+    return table
+
+
+def _readdressed(identity: Identity, steps: bool) -> Table | None:
+    """From a table of the same form, without couplings and with the same scratch: other addresses in their places."""
+    here = identity.addresses
+    for there, (form, table) in reversed(_tables.items()):
+        k, columns = table.factors, there[0]
+        if columns != here[0] or table.coupled or steps != bool(table.held.tensors) or form != identity.form:
+            continue
+        if steps and here[1 : 1 + k] != there[1 : 1 + k]:
+            continue  # the scratch of the steps is those factors'
+        places = torch.tensor(here[1 : 1 + columns * k], dtype=torch.int64).view(columns, k)
+        rows = table.host.clone()
+        fields = rows[:, HEADER : HEADER + FIELDS * columns : FIELDS]  # (k, columns)
+        aligned = bool(((places.mT ^ fields) & 15 == 0).all())  # else loads have another width
+        if not aligned or _share(places.flatten(), table.extents):
+            continue
+        fields.copy_(places.mT)
+        table.shared.use()
+        sent_rows = sent(rows, table.device)
+        made = replace(table, host=rows, rows=sent_rows, shared=Shared(sent_rows, table.items))
+        return _kept(here, form, made)
+    return None
+
+
+def _share(addresses: Tensor, extents: Tensor) -> bool:
+    """Whether the spans of any two tensors meet; which of them do, and whether that matters, is asked elsewhere."""
+    begin, order = addresses.sort()
+    return bool((begin[:-1] + extents[order][:-1] > begin[1:]).any())
+
+
+def _steps_of(factors: Sequence[Tensor]) -> Shared:
     """Float32 scratch for the steps of these factors, the same at every call: gradients move, factors stay."""
-    key = (factors[0].device, *map(_identity, factors))
-    if key not in _steps:
+    key = (factors[0].device, *map(Tensor.data_ptr, factors), *map(_shape, factors), *map(Tensor.stride, factors))
+    known = _steps.get(key)
+    if known is None:
+        sizes = [(r, (n + 3) // 4 * 4) for n, r in (Y.shape for Y in factors)]  # a column is whole vectors
+        known = Shared(*(torch.empty(size, dtype=torch.float32, device=factors[0].device) for size in sizes))
+        if capturing(factors[0].device):  # in the graph's own memory
+            return known
         if len(_steps) >= _KEPT:
             _steps.popitem(last=False)
-        sizes = [(r, (n + 3) // 4 * 4) for n, r in (Y.shape for Y in factors)]  # a column is whole vectors
-        _steps[key] = tuple(torch.empty(size, dtype=torch.float32, device=factors[0].device) for size in sizes)
-    return _steps[key]
-
-
-def _on(device: torch.device, values: Sequence[Sequence[int]]) -> Tensor:
-    """int64 on the device, without waiting for it."""
-    here = torch.tensor(values, dtype=torch.int64)
-    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here.to(device)
+        _steps[key] = known
+    return known
 
 
 def _fields(tensor: Tensor) -> list[int]:
@@ -131,13 +196,14 @@ def _coupling_fields(K: Tensor | None) -> list[int]:
     return [2 if K.dtype == torch.float64 else 1, K.data_ptr(), K.stride(0), K.stride(1)]
 
 
-def _build(
-    columns: Sequence[Sequence[Tensor]], couplings: Sequence[Tensor] | None, steps: bool, R: int, tiles: Tiles
-) -> Table:
-    device = columns[0][0].device
+def _build(columns: Sequence[Sequence[Tensor]], couplings: Sequence[Tensor] | None, steps: bool) -> Table:
+    first = columns[0][0]
+    device = first.device
+    R = padded_rank(max(Y.shape[1] for Y in columns[0]))
+    tiles = configuration.tiles_for(R, first.dtype)
     rows: list[list[int]] = []
     items: list[tuple[int, int]] = []
-    held = _steps_of(columns[0]) if steps else ()
+    held = _steps_of(columns[0]) if steps else Shared()
     reach = 0
     for i, tensors in enumerate(zip(*columns, strict=True)):
         n, r = tensors[0].shape
@@ -147,16 +213,21 @@ def _build(
         every = list(tensors)
         if steps:
             every += [tensors[0]] * (TENSORS - 1 - len(every))
-            every.append(held[i].mT[:n])
+            every.append(held.tensors[i].mT[:n])
         for tensor in every:
             row += _fields(tensor)
             # the furthest element that is addressed from a chunk's first row, masked ones among them
             reach = max(reach, abs(tensor.stride(0)) * tiles.chunk + abs(tensor.stride(1)) * R)
         rows.append(row + [0] * (HEADER + FIELDS * TENSORS - len(row)))
     assert all(len(row) == ROW for row in rows)
+    host = torch.tensor(rows, dtype=torch.int64)
+    sent_rows, sent_items = sent(host, device), sent(torch.tensor(items, dtype=torch.int64), device)
     return Table(
-        rows=_on(device, rows),
-        items=_on(device, items),
+        host=host,
+        extents=torch.tensor([extent(t) * t.element_size() for t in chain.from_iterable(columns)], dtype=torch.int64),
+        coupled=any(K.numel() > 0 for K in couplings or ()),
+        rows=sent_rows,
+        items=sent_items,
         factors=len(rows),
         count=len(items),
         R=R,
@@ -164,5 +235,6 @@ def _build(
         device=device,
         tiles=tiles,
         INDEX=tl.int32 if reach < 2**31 else tl.int64,
+        shared=Shared(sent_rows, sent_items),
         held=held,
     )

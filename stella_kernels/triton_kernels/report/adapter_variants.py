@@ -35,7 +35,7 @@ _INTEGERS = (
     *("x_row", "y_row", "g_row", "u_row", "v_row", "v_column", "s_row"),
     *(f"{name}_{factor}" for name in ("size", "chunks") for factor in "UVS"),
 )
-_ANY = ("splits", "bias_step", "threshold", "chunks_U", "chunks_V", "chunks_S")  # what is no multiple of 16
+_ANY = ("T", "splits", "bias_step", "threshold", "chunks_U", "chunks_V", "chunks_S")  # what is no multiple of 16
 
 
 def _types(dtype: torch.dtype) -> dict[str, str]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...operators import arguments, signatures
+from ...operators import signatures
 from ...operators.status import INFO_COLUMNS
 from ..launch.configuration import FUSION, arithmetic, element, precision
-from ..launch.device import capturing, keep_for_graphs, on_device_of, target_arch, target_backend
-from ..launch.table import Table, table_of
+from ..launch.device import Shared, capturing, keep_for_graphs, on_device_of, sent, target_arch, target_backend
+from ..launch.table import Table, identity_of, met_before, table_of
 from . import options
 from .gradient import coupling_kernel, coupling_sum_kernel, subtract_kernel
 from .moves import ADAMW, POLAR, RETRACT, SETTINGS
@@ -118,14 +119,11 @@ def _to_device(settings: Tensor, device: torch.device) -> Tensor:
             f"stella_adamw_: hyperparameters: found on {settings.device} while a CUDA graph is captured, which would "
             f"replay this step's learning rate and count for ever; wanted on {device}, written before each replay."
         )
-    return settings.pin_memory().to(device, non_blocking=True)
+    return sent(settings, device)
 
 
-def riemannian_gradient_(a: signatures.RiemannianGradient) -> Tensor:
+def riemannian_gradient_(a: signatures.RiemannianGradient, table: Table) -> Tensor:
     """∇ ← ∇ − Y ∇ᵀ Y in place: three launches; ``info`` stays on the device."""
-    table = table_of(
-        [a.gradients, a.factors, *([a.snapshots] if a.snapshots else [])], new=lambda: arguments.check_memory(a)
-    )
     with on_device_of(a.gradients[0]):
         info = _new_info(table)
         couplings, state, refused = _couple(table, None, info)
@@ -137,25 +135,30 @@ def riemannian_gradient_(a: signatures.RiemannianGradient) -> Tensor:
     return info
 
 
-_divisors: dict[tuple[object, ...], Tensor] = {}
+_divisors: dict[tuple[object, ...], Shared] = {}
+_one_at_a_time = RLock()  # of threads that look for divisors
 
 
 def _settings_of(divisors: Sequence[float], device: torch.device) -> Tensor:
     """(k, 7) settings of which only the divisors count; the same every step, so that they are copied once."""
     key = (device, *divisors)
-    if key not in _divisors:
-        if len(_divisors) > 16:
-            _divisors.clear()
-        settings = torch.zeros(len(divisors), SETTINGS, dtype=torch.float64)
-        settings[:, 5] = torch.tensor(list(divisors), dtype=torch.float64)
-        _divisors[key] = settings.to(device)
-    keep_for_graphs(device, _divisors[key])
-    return _divisors[key]
+    with _one_at_a_time:
+        known = _divisors.get(key)
+        if known is None:
+            settings = torch.zeros(len(divisors), SETTINGS, dtype=torch.float64)
+            settings[:, 5] = torch.tensor(list(divisors), dtype=torch.float64)
+            known = Shared(sent(settings, device))
+            if not capturing(device):  # else they have no contents before the graph's first replay
+                if len(_divisors) > 16:
+                    _divisors.clear()
+                _divisors[key] = known
+        known.use()
+    keep_for_graphs(device, known)
+    return known.tensors[0]
 
 
-def project_retract_(a: signatures.ProjectRetract) -> Tensor:
+def project_retract_(a: signatures.ProjectRetract, table: Table) -> Tensor:
     """Scale, project, retract in place: three launches; ``info`` stays on the device."""
-    table = table_of([a.moved, a.previous], new=lambda: arguments.check_memory(a))
     with on_device_of(a.moved[0]):
         info = _new_info(table)
         state = table.scratch(table.factors, dtype=torch.int32)
@@ -163,13 +166,14 @@ def project_retract_(a: signatures.ProjectRetract) -> Tensor:
     return info
 
 
-def stella_adamw_(a: signatures.StellaAdamWStep) -> Tensor:
+def keeps_steps(dtype: torch.dtype) -> bool:
+    """Moments of half the width are rounded when stored: the steps that the Gram blocks saw are kept beside them."""
+    return dtype in (torch.bfloat16, torch.float16)
+
+
+def stella_adamw_(a: signatures.StellaAdamWStep, table: Table) -> Tensor:
     """The whole step: five launches, six past rank 64; ``info`` stays on the device."""
-    # Moments of half the width are rounded when stored: the steps that the Gram blocks saw are kept beside them.
-    steps = a.factors[0].dtype in (torch.bfloat16, torch.float16)
-    table = table_of(
-        [a.factors, a.gradients, a.exp_avgs, a.exp_avg_sqs], a.couplings, steps, lambda: arguments.check_memory(a)
-    )
+    steps = keeps_steps(table.dtype)
     with on_device_of(a.factors[0]):
         info = _new_info(table)
         settings = _to_device(a.hyperparameters, table.device)
@@ -181,7 +185,9 @@ def stella_adamw_(a: signatures.StellaAdamWStep) -> Tensor:
 def polar_of(M: Tensor) -> tuple[Tensor, Tensor]:
     """Polar factors of a batch (B, n, r) and ``info`` on the device, with a status for each: three launches."""
     Q = torch.empty_like(M, memory_format=torch.contiguous_format)
-    table = table_of([list(M.unbind(0)), list(Q.unbind(0))])
+    columns = list(M.unbind(0)), list(Q.unbind(0))
+    identity = identity_of(columns)
+    table = met_before(identity) or table_of(identity, columns)
     with on_device_of(M):
         info = _new_info(table)
         state = table.scratch(table.factors, dtype=torch.int32)

@@ -6,7 +6,6 @@ the CPU. The reference takes ranks above 128 and ``method='svd'``, which is torc
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -16,6 +15,8 @@ from torch import Tensor
 from ...operators import arguments, fallback, signatures
 from ...operators.status import INFO_COLUMNS, STATUS_NON_FINITE, STATUS_NOT_CONVERGED
 from ..launch.configuration import MAX_RANK
+from ..launch.device import runs_on
+from ..launch.table import Identity, Table, identity_of, met_before, table_of
 from . import launches
 
 
@@ -29,10 +30,85 @@ def _groups(factors: Sequence[Tensor]) -> list[list[int]]:
 
 
 def _takes(factors: Sequence[Tensor]) -> bool:
-    return all(factor.shape[1] <= MAX_RANK for factor in factors)
+    """Whether the kernels have the ranks, and run on the GPUs."""
+    return all(factor.shape[1] <= MAX_RANK and runs_on(factor.device) for factor in factors)
 
 
 S = TypeVar("S", bound=signatures.Signature)
+
+
+def _columns(a: signatures.Signature) -> list[list[Tensor]]:
+    """The lists of tensors of the factors' shapes, in the table's order."""
+    lists = (getattr(a, name) for name, kind in a.arguments().items() if kind == "list[Tensor]" and name != "couplings")
+    return [each for each in lists if each]
+
+
+def _identity(a: signatures.Signature, couplings: Sequence[Tensor] = ()) -> Identity:
+    try:
+        return identity_of(_columns(a), couplings)
+    except (RuntimeError, NotImplementedError):  # of what has no address or no strides
+        arguments.check_values(a)
+        raise
+
+
+def _table(a: signatures.Signature, identity: Identity, steps: bool = False) -> Table | None:
+    """The table of a call over factors of one dtype and device, its arguments checked; None where no kernel takes it.
+
+    What does not depend on the tensors' values is asked once for the same memory, not at every step.
+    """
+    columns = _columns(a)
+    if not columns or not _takes(columns[0]) or len(_groups(columns[0])) > 1 or not all(map(Tensor.numel, columns[0])):
+        return None
+    arguments.check_memory(a)
+    return table_of(identity, columns, getattr(a, "couplings", None), steps)
+
+
+def riemannian_gradient_(a: signatures.RiemannianGradient) -> Tensor:
+    identity = _identity(a)
+    table = met_before(identity)
+    if table is None:
+        arguments.check_values(a)
+        table = _table(a, identity)
+    # A gradient that is not finite stops them all, so that two kinds of factors cannot be two calls of the kernels.
+    if table is None:
+        arguments.check_memory(a)
+        return _on_device_of(a.factors, fallback.riemannian_gradient_(a))
+    return launches.riemannian_gradient_(a, table)
+
+
+def stella_adamw_(a: signatures.StellaAdamWStep) -> Tensor:
+    identity = _identity(a, a.couplings)
+    steps = bool(a.factors) and launches.keeps_steps(a.factors[0].dtype)
+    table = met_before(identity, steps)
+    if table is None:
+        arguments.check_values(a)
+        table = _table(a, identity, steps)
+    else:
+        arguments.check_hyperparameters(a)
+    if table is None:
+        arguments.check_memory(a)
+        return _on_device_of(a.factors, fallback.stella_adamw_(a))
+    return launches.stella_adamw_(a, table)
+
+
+def project_retract_(a: signatures.ProjectRetract) -> Tensor:
+    identity = _identity(a)
+    table = None if a.method == "svd" else met_before(identity)
+    if table is None:
+        arguments.check_values(a)
+        table = None if a.method == "svd" else _table(a, identity)
+    else:
+        arguments.check_divisors(a)
+    if table is not None:
+        return launches.project_retract_(a, table)
+    arguments.check_memory(a)
+    if a.method == "svd" or not _takes(a.moved):
+        return _on_device_of(a.moved, fallback.project_retract_(a))
+    device = a.moved[0].device if a.moved else None
+    info = torch.zeros(len(a.moved), INFO_COLUMNS, dtype=torch.float64, device=device)
+    for group in _groups(a.moved):
+        info[torch.tensor(group, device=device)] = project_retract_(_selected(a, group)).to(info.device)
+    return info
 
 
 def _selected(a: S, at: list[int]) -> S:
@@ -41,60 +117,12 @@ def _selected(a: S, at: list[int]) -> S:
     return type(a)(**{name: [v[i] for i in at] if isinstance(v, list) and v else v for name, v in values.items()})
 
 
-def _of_groups(a: signatures.Signature, factors: Sequence[Tensor], call: Callable[[list[int]], Tensor]) -> Tensor:
-    """Rows of ``info`` of all factors from those of each group; those of one group alone are not copied.
-
-    Where the memory of one group lies is checked as its table of addresses is made, not at every step.
-    """
-    groups = _groups(factors)
-    if len(groups) == 1 and len(groups[0]) == len(factors):
-        return call(groups[0])
-    arguments.check_memory(a)
-    device = factors[0].device if factors else None
-    info = torch.zeros(len(factors), INFO_COLUMNS, dtype=torch.float64, device=device)
-    for group in groups:
-        info[torch.tensor(group, device=device)] = call(group).to(info.device)
-    return info
-
-
-def riemannian_gradient_(a: signatures.RiemannianGradient) -> Tensor:
-    arguments.check_values(a)
-    # A gradient that is not finite stops them all, so that two kinds of factors cannot be two calls of the kernels.
-    if not _takes(a.factors) or len(_groups(a.factors)) > 1:
-        arguments.check_memory(a)
-        return _on_device_of(a.factors, fallback.riemannian_gradient_(a))
-    return _of_groups(a, a.factors, lambda at: launches.riemannian_gradient_(_selected(a, at)))
-
-
-def project_retract_(a: signatures.ProjectRetract) -> Tensor:
-    arguments.check_values(a)
-    if a.method == "svd" or not _takes(a.moved):
-        arguments.check_memory(a)
-        return _on_device_of(a.moved, fallback.project_retract_(a))
-    return _of_groups(a, a.moved, lambda at: launches.project_retract_(_selected(a, at)))
-
-
-def stella_adamw_(a: signatures.StellaAdamWStep) -> Tensor:
-    arguments.check_values(a)
-    if not _takes(a.factors) or len(_groups(a.factors)) > 1:
-        arguments.check_memory(a)
-        return _on_device_of(a.factors, fallback.stella_adamw_(a))
-
-    def call(at: list[int]) -> Tensor:
-        some = _selected(a, at)
-        if len(at) < len(a.factors):
-            some = dataclasses.replace(some, hyperparameters=a.hyperparameters[at])
-        return launches.stella_adamw_(some)
-
-    return _of_groups(a, a.factors, call)
-
-
 def polar(a: signatures.Polar) -> tuple[Tensor, Tensor]:
     """Waits for the device."""
     M, method = a.M, a.method
     arguments.check_values(a)
     n, r = M.shape[-2:]
-    if method == "svd" or r > MAX_RANK or not M.numel():
+    if method == "svd" or r > MAX_RANK or not M.numel() or not runs_on(M.device):
         return fallback.polar(a)
     batch = M.reshape(-1, n, r)
     Q, info = launches.polar_of(batch)

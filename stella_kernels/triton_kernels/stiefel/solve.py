@@ -51,9 +51,10 @@ def gram_less_identity(work, first, count, r, R: tl.constexpr, T: tl.constexpr, 
     multiply(one, a, two, r, R, T, P, TO)
     combine(E, 1.0, E, 1.0, two, 0.0, r, R, T, TO)
     left, _high, _low = trace_and_spread(E, r, R, T, TO)
-    # A step along Y cancels in G and leaves the round-off of the terms that cancelled.
     drift = tl.sqrt(inner(c, c, r, R, T, TO))
-    return tl.maximum((terms + r) / (left + r), 1.0), drift
+    # A step along Y cancels in G and leaves the round-off of the terms that cancelled. Q leaves that of Y, from which
+    # Y (I − B R) is taken: ‖Y‖₂² ≤ 1 + drift.
+    return tl.maximum((terms + r) / (left + r), 1.0) * tl.sqrt(1.0 + drift), drift
 
 
 @triton.jit
