@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.gpu.setting import Setting, attempt
+from bench.gpu.setting import Setting, attempt, importable
 from bench.traffic.counting import counting
 from bench.traffic.stiefel import adamw_arguments
 from stella_kernels.triton_kernels.registration import interpreted, operators
@@ -22,8 +22,8 @@ RANKS = (16, 64)
 
 def run(setting: Setting) -> None:
     """Words of four bytes an element of each operator and rank that there is time for."""
-    if not interpreted():
-        setting.missing("counted bytes: Triton's interpreter is not here")
+    if why_not := importable("numpy") or ("" if interpreted() else "Triton is not installed"):
+        setting.missing(f"counted bytes: {why_not}, and its interpreter needs it")
         return
     torch.set_num_threads(1)
     n = TOY_ROWS if setting.rehearse else ROWS

@@ -21,7 +21,7 @@ from stella_kernels.verification.case_table import Case, cases
 from stella_kernels.verification.judge import check
 from stella_kernels.verification.on_device import on
 
-TOY_SIDE, TOY_RANK, TOY_CASES = 70, 16, {"verify": 16, "rest": 4}  # of a rehearsal
+TOY_SIDE, TOY_RANK, TOY_CASES = 70, 16, {"verify": 9, "rest": 3}  # of a rehearsal
 
 
 def run(setting: Setting) -> None:
