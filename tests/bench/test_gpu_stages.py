@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -20,8 +21,10 @@ from bench.gpu.report.markdown import page
 from bench.gpu.report.measured import NONE, table
 from bench.gpu.setting import Setting, read_records
 from bench.gpu.stage import BROKEN, FAILED, KILLED, NOT_RUN, PASSED, STAGES, Outcome, Stage
-from bench.gpu.stages import facts
+from bench.gpu.stages import facts, verify
 from bench.gpu.stages.host import busy_and_gaps
+from stella_kernels.verification.case_table import Case
+from stella_kernels.verification.judge import Result
 
 ROOT = Path(__file__).parents[2]
 
@@ -220,6 +223,33 @@ def test_facts_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert found["architecture"] == "sm_90"
     assert found["nvidia-smi driver_version"] == "<driver_version>"
     assert "2 processes are on this GPU" in note
+
+
+def test_a_device_that_is_lost_costs_one_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process is replaced by one that goes on behind it."""
+    some = [Case("polar", "gaussian", ((n, 1),)) for n in (3, 4, 5)]
+
+    def judged(case: Case, backend: str, implementation: object) -> Result:
+        lost = case is some[1]
+        what = "raised RuntimeError: CUDA error: an illegal memory access was encountered" if lost else "value"
+        return Result(case, backend, what, math.inf if lost else 0.0, 0.0)
+
+    def replaced(program: str, command: list[str]) -> None:
+        raise SystemExit(" ".join(command[1:]))
+
+    monkeypatch.setattr(verify, "chosen_cases", lambda rehearse, stage: some)
+    monkeypatch.setattr(verify, "implementation_of", lambda setting: {})
+    monkeypatch.setattr(verify, "check", judged)
+    monkeypatch.setattr(verify.os, "execv", replaced)
+    (tmp_path / "records").mkdir()
+    with pytest.raises(SystemExit, match=r"-m bench.gpu verify .* --start 2$"):
+        verify.run(Setting("verify", tmp_path, False, 60.0))
+    verify.run(Setting("verify", tmp_path, False, 60.0, start=2))
+    found = read_records(tmp_path, "verify")
+    assert [record["passed"] for record in found if record["kind"] == "case"] == [True, False, True]
+    (verdict,) = [record for record in found if record["kind"] == "verdict"]
+    assert not verdict["met"]
+    assert "2 of 3" in verdict["text"]
 
 
 def test_without_a_gpu_the_command_says_what_to_do() -> None:
