@@ -135,12 +135,12 @@ ptx-libraries: build
 PTX_TRITONS := "" $(if $(OLDEST_TRITON),$(abspath $(OLDEST_TRITON_DIR))) $(TRITONS:%=$(abspath $(CACHE))/triton-%)
 
 test-ptx: ptx-libraries $(if $(OLDEST_TRITON),$(OLDEST_TRITON_DIR)/stamp) $(TRITONS:%=$(CACHE)/triton-%/stamp)
-	if $(HAS_TRITON); then set -e; for triton in $(PTX_TRITONS); do for arch in $(PTX_ARCHS); do \
+	if $(HAS_TRITON); then failed=0; for triton in $(PTX_TRITONS); do for arch in $(PTX_ARCHS); do \
 	  echo "Triton of $${triton:-the environment}, sm_$$arch"; \
-	  PYTHONPATH=$$triton STELLA_PTX_ARCH=$$arch STELLA_PTX_SHARD=$(PTX_SHARD) $(PTX_TESTS) $(PYTEST_ARGS); \
-	  done; done; fi
+	  PYTHONPATH=$$triton STELLA_PTX_ARCH=$$arch STELLA_PTX_SHARD=$(PTX_SHARD) $(PTX_TESTS) $(PYTEST_ARGS) || failed=1; \
+	  done; done; exit $$failed; fi
 
-# What does not take minutes to compile, and of the table a draw.
+# What does not take minutes to compile: of the table a part, every instruction, planted faults, barriers.
 test-ptx-slice: ptx-libraries
 	if $(HAS_TRITON); then STELLA_PTX_SLICE=1 $(PTX_TESTS) -m "not slow" $(PYTEST_ARGS); fi
 

@@ -1,9 +1,9 @@
 """``python -m bench``: the polar factor at real models' shapes, the optimizer step of a Llama-3-8B, and the adapter.
 
 ``python -m bench polar``, ``step`` or ``adapter`` runs one of the three, ``--device cuda`` on a GPU; ``python -m bench
-traffic`` counts what a step moves on a GPU, without one; ``python -m bench gpu`` is all of it in some minutes for a
-person with a GPU (``python -m bench gpu --help``). Tables on the terminal, JSON and plots in ``--output``; exits
-with 1 where a promise was missed; none is made of a GPU's times.
+gpu`` is all that a person with a GPU can find out in some minutes, with options of its own. Without a GPU, ``python -m
+bench traffic`` counts what a step moves there, and ``host`` measures what its host takes. Tables on the terminal, JSON
+and plots in ``--output``; exits with 1 where a promise was missed; none is made of a GPU's times.
 """
 
 from __future__ import annotations
@@ -131,6 +131,12 @@ def _traffic(ranks: tuple[int, ...], output: Path) -> int:
     return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode
 
 
+def _host(output: Path, seconds: float) -> int:
+    """In a process of its own: Triton's driver is replaced there, and the operators of the CPU."""
+    command = [sys.executable, "-m", "bench.host", str(output), "--seconds", str(seconds)]
+    return subprocess.run(command, check=False).returncode
+
+
 def main() -> int:
     """Print the tables, write JSON and plots; 1 where a promise was missed."""
     if sys.argv[1:2] == ["gpu"]:  # which has options of its own
@@ -138,7 +144,9 @@ def main() -> int:
 
         return gpu(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("what", nargs="?", choices=("all", "polar", "step", "adapter", "traffic", "gpu"), default="all")
+    parser.add_argument(
+        "what", nargs="?", choices=("all", "polar", "step", "adapter", "traffic", "host", "gpu"), default="all"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:INDEX (traffic is counted on the CPU)")
     parser.add_argument("--output", type=Path, default=Path("bench/results"), help="folder of the JSON and the plots")
     parser.add_argument("--ranks", type=int, nargs="+", choices=RANKS, help="default: all; of traffic 16 and 64")
@@ -151,6 +159,8 @@ def main() -> int:
 
     if arguments.what == "traffic":
         return _traffic(tuple(arguments.ranks or (16, 64)), arguments.output)
+    if arguments.what == "host":
+        return _host(arguments.output, arguments.seconds or 8.0)
     try:
         device = named(arguments.device)
         backends = served(device)

@@ -56,16 +56,22 @@ class HasStiefelFactors(Protocol):
 
         Where it is the U or the V of ``x V Sᵀ Uᵀ`` and nothing else, S and 'left' (U) or 'right' (V) may follow, and
         after them the dtype that the module promises to keep it in.
+
+        A module may have a second method, ``every_stiefel_factor()``, that yields those too that are not trained now.
         """
         ...
 
 
-def stiefel_factors(model: nn.Module) -> list[StiefelFactor]:
+def stiefel_factors(model: nn.Module, frozen: bool = False) -> list[StiefelFactor]:
     """The trainable constrained factors of ``model`` and of every module in it, named as in ``named_parameters``.
 
     A module takes part by having a method ``own_stiefel_factors()`` that yields (local name, parameter, transposed).
     A parameter shared by several modules is listed once, under the first name, and without a core if they use it with
     different ones. Devices and dtypes are left as they are.
+
+    Args:
+        model: the model.
+        frozen: list those too that are not trained now: frozen ones, and those of adapters that are not active.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
@@ -76,7 +82,7 @@ def stiefel_factors(model: nn.Module) -> list[StiefelFactor]:
     for prefix, module in model.named_modules():
         if not isinstance(module, HasStiefelFactors):
             continue
-        for own in module.own_stiefel_factors():
+        for own in _every(module) if frozen else module.own_stiefel_factors():
             local_name, parameter, transposed = own[:3]
             name = f"{prefix}.{local_name}" if prefix else local_name
             factor = StiefelFactor(parameter, transposed, name, *own[3:])
@@ -84,6 +90,21 @@ def stiefel_factors(model: nn.Module) -> list[StiefelFactor]:
             if first.core is not factor.core or first.side != factor.side:
                 found[id(parameter)] = replace(first, core=None, side=None)
     return list(found.values())
+
+
+def _every(module: HasStiefelFactors) -> list[OwnFactor]:
+    every = getattr(module, "every_stiefel_factor", None)
+    if every is not None:
+        return list(every())
+    assert isinstance(module, nn.Module)
+    still = [p for p in module.parameters() if not p.requires_grad and p.is_floating_point()]
+    try:
+        for p in still:
+            p.requires_grad_(True)  # the one method that such a module has lists what is trained
+        return list(module.own_stiefel_factors())
+    finally:
+        for p in still:
+            p.requires_grad_(False)
 
 
 def missing_factors_advice(model: nn.Module) -> str:

@@ -140,9 +140,12 @@ class StellaLinear(nn.Module):
 
     def own_stiefel_factors(self) -> Iterator[OwnFactor]:
         """The factors under the constraint that are trained, for `stiefel_factors`."""
-        for name, parameter, transposed, side in (("U", self.U, False, "left"), ("Vt", self.Vt, True, "right")):
-            if parameter.requires_grad:
-                yield name, parameter, transposed, self.S, side, self._master
+        return (own for own in self.every_stiefel_factor() if own[1].requires_grad)
+
+    def every_stiefel_factor(self) -> Iterator[OwnFactor]:
+        """The factors under the constraint, frozen ones too."""
+        yield "U", self.U, False, self.S, "left", self._master
+        yield "Vt", self.Vt, True, self.S, "right", self._master
 
     def _apply(self, fn: Any, recurse: bool = True) -> StellaLinear:
         before = self.U.dtype

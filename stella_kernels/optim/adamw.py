@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,8 @@ from . import targets
 from .coupling import Couplings
 from .guard import Guard
 from .interruption import uninterrupted
-from .plan import LR, STEP, Plan, Slot
-from .roster import Roster
-from .unconstrained import groups_of, refuse_options, step_free
+from .plan import LR, STEP, Plan, Slot, check_state_dict, groups_of, reasons_to_skip, refuse_options, step_free
+from .roster import Family, Roster
 
 
 class StellaAdamW(AdamW):
@@ -52,8 +51,9 @@ class StellaAdamW(AdamW):
         on_foreign_move: what to do with a factor that something else has moved off its manifold since its last step,
             found as a step begins (``optim.guard``): 'error', or 'retract' to go on from its orthogonal polar factor,
             for training that averages or interpolates weights (each step then measures every factor beforehand).
-        skip_nonfinite: where any gradient holds NaN or infinity the whole step is left out, moments and step counts
-            too, and counted in ``skipped``, instead of the error below.
+        skip_nonfinite: where any gradient holds NaN or infinity, or that of a factor is so large that its square may
+            overflow, the whole step is left out, moments and step counts too, and counted in ``skipped``, instead of
+            the error below. Not where a value is at fault: every later step would be left out.
         maximize: as in ``torch.optim.AdamW``.
         foreach: as there, of the other parameters.
         fused: as there, of the other parameters.
@@ -73,7 +73,8 @@ class StellaAdamW(AdamW):
         NonFiniteError: a factor holds NaN or an infinity.
 
     ``step(closure=None)`` raises, with nothing changed, ``ValueError`` for options that are not supported and for
-    factors that are in no group any more, ``RuntimeError`` for a sparse gradient or where no factor has one,
+    factors that are in no group any more, that the model has replaced, or that alone train and are in no optimizer,
+    ``RuntimeError`` for a sparse gradient or where no factor has one in three steps,
     ``OffManifoldError`` for a factor that something else moved, ``NonFiniteError`` naming the factors whose gradient,
     or whose S's gradient, holds NaN or infinity. A write to ``.data`` leaves no trace but the distance itself, which is
     known when the step is taken: the ``OffManifoldError`` then comes after the whole step. A factor whose own value or
@@ -132,7 +133,7 @@ class StellaAdamW(AdamW):
         self.skipped: Counter[str] = Counter()
         self.last_info: Tensor | None = None
         self._coupled = coupled
-        self._roster = Roster(target, self)
+        self._roster = Roster(Family(target), self)
         self._guard = Guard((), on_foreign_move)
         self._constrain(found)
         if self._couplings is not None and len(self._couplings.reasons) == len(found):
@@ -144,7 +145,7 @@ class StellaAdamW(AdamW):
     @property
     def factors(self) -> tuple[StiefelFactor, ...]:
         """The constrained factors, in order."""
-        return tuple(slot.factor for slot in self._slots)
+        return self._factors
 
     @property
     def hidden_size(self) -> float | None:
@@ -175,23 +176,25 @@ class StellaAdamW(AdamW):
         """As in torch; that of ``torch.optim.AdamW`` over the same groups serves as well.
 
         Raises:
-            ValueError: an option that StellaAdamW does not have, amsgrad for example; nothing is changed.
+            ValueError: an option that StellaAdamW does not have, amsgrad for example, or the state of another
+                optimizer; nothing is changed.
         """
-        for group in state_dict.get("param_groups", ()):
-            refuse_options(group)
+        check_state_dict(state_dict)
         super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_hidden_size", "_coupled", "skip_nonfinite", "skipped", "last_info")
         kept = {name: getattr(self, name) for name in own}
-        return {**super().__getstate__(), **kept, "_factors": self.factors, "_policy": self._guard.policy}
+        told = {"_factors": self._factors, "_policy": self._guard.policy, "_family": self._roster.family}
+        return {**super().__getstate__(), **kept, **told}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        factors, policy = state.pop("_factors", None), state.pop("_policy", "error")
+        state = dict(state)
+        factors, policy, family = (state.pop(key, None) for key in ("_factors", "_policy", "_family"))
         super().__setstate__(state)
         if factors is not None:  # unpickled or copied, rather than loaded
             self._step_supports_amp_scaling = False
-            self._roster = Roster(None, self)
+            self._roster = Roster(family, self)
             self._guard = Guard((), policy)
             self._constrain(factors)
 
@@ -201,10 +204,12 @@ class StellaAdamW(AdamW):
             targets.check_shapes(new)
             targets.check_no_weight_decay(self, {id(f.parameter): f.name for f in new})
             targets.check_orthonormal(new)
-            self._constrain([*self.factors, *new])
+            self._constrain([*self._factors, *new])
 
     def _constrain(self, factors: Sequence[StiefelFactor]) -> None:
         self._guard.watch([f for f in factors if not self._guard.watches(f)])
+        self._roster.constrain(factors)
+        self._factors = tuple(factors)
         self._slots = [Slot(i, f, self._hidden_size) for i, f in enumerate(factors)]
         self._slot_of = {id(f.parameter): slot for f, slot in zip(factors, self._slots, strict=True)}
         self._plan: Plan | None = None
@@ -228,30 +233,22 @@ class StellaAdamW(AdamW):
             self._admit(new)
             free, _ = self._free_parameters()
         active = [slot for slot in self._slots if slot.parameter.grad is not None]
-        self._roster.check_moving(self.factors, len(active), any(free))
+        self._roster.check_moving(self._factors, len(active))
         # a write to .data can be brought back before the step only where every factor is measured
-        self._guard.before_step(self.factors, every=self._guard.policy == "retract")
+        self._guard.before_step(every=self._guard.policy == "retract")
         if self.skip_nonfinite:
-            if causes := self._non_finite(active, free):
+            if causes := reasons_to_skip(self._slots, active, free):
+                targets.refuse_values(self._factors, "Nothing was changed by this step")
                 self.skipped.update(causes)
                 return
         else:
-            targets.check_finite_cores([slot.factor for slot in active])
+            targets.check_finite_cores([slot.factor for slot in active], self._factors)
         moved_elsewhere = self._step_factors(active) if active else None
         for group, parameters in zip(self.param_groups, free, strict=True):
             if parameters:
                 step_free(self, group, parameters)
         if moved_elsewhere is not None:
             raise moved_elsewhere
-
-    def _non_finite(self, active: list[Slot], free: list[list[Tensor]]) -> list[str]:
-        """Names of what has a gradient with NaN or infinity."""
-        names = {id(slot.factor.core): f"S beside {slot.factor.name}" for slot in reversed(self._slots)}
-        given = [(slot.factor.name, slot.parameter.grad) for slot in active]
-        for index, parameters in enumerate(free):
-            given += [(names.get(id(p), f"param_groups[{index}]"), p.grad) for p in parameters]
-        gradients = [gradient for _, gradient in given if gradient is not None]
-        return sorted({given[i][0] for i in targets.non_finite(gradients)})
 
     def _free_parameters(self) -> tuple[list[list[Tensor]], list[StiefelFactor]]:
         """The unconstrained parameters of each group that have a gradient, and factors of the model among them.
@@ -280,7 +277,7 @@ class StellaAdamW(AdamW):
             if held > before and group["weight_decay"]:
                 targets.check_no_weight_decay(self, {i: slot.factor.name for i, slot in self._slot_of.items()})
             free.append(rest)
-        self._roster.check_held(self.factors, held)
+        self._roster.check_held(self._factors, held)
         return free, self._roster.newcomers(p for rest in free for p in rest)
 
     def _step_factors(self, active: list[Slot]) -> OffManifoldError | None:
@@ -293,7 +290,7 @@ class StellaAdamW(AdamW):
         gradients = [slot.gradient() for slot in active]
         if len(plan.calls) > 1:
             # one call writes nothing when it finds a NaN; several have to be checked beforehand
-            _refuse_gradients([s for s, g in zip(active, gradients, strict=True) if not bool(g.isfinite().all())])
+            self._refuse_gradients([s for s, g in zip(active, gradients, strict=True) if not bool(g.isfinite().all())])
         known: dict[int, Tensor] = {}
         if self._couplings is not None:
             by_index = {slot.index: g for slot, g in zip(active, gradients, strict=True)}
@@ -346,7 +343,7 @@ class StellaAdamW(AdamW):
         if any(status):
             done = [slot for slot, s in zip(active, status, strict=True) if s == STATUS_OK]
             stuck = [slot for slot, s in zip(active, status, strict=True) if s != STATUS_OK]
-            _refuse_gradients([slot for slot in stuck if not bool(slot.gradient().isfinite().all())])
+            self._refuse_gradients([slot for slot in stuck if not bool(slot.gradient().isfinite().all())])
         for slot in done:
             if slot.fresh:  # kept only now, so that a step that raises leaves no state behind
                 self.state[slot.parameter] = slot.state
@@ -356,15 +353,24 @@ class StellaAdamW(AdamW):
             torch._foreach_add_([slot.step for slot in done], torch.tensor(1.0, device="cpu"), alpha=1.0)
         self.last_info = info
         if stuck:
-            names = [slot.factor.name for slot in stuck]
-            values = [slot.factor.name for slot in stuck if not bool(slot.view.isfinite().all())]
-            what = f"the value of {', '.join(values)} holds NaN or an infinity" if values else "it overflowed"
-            raise NonFiniteError(
-                f"the step was not taken for {', '.join(names)}, since {what} with finite gradients. The other factors "
-                "have taken it, so go on from a checkpoint, with a lower learning rate or clipped gradients.",
-                names,
-            )
+            self._raise_stuck([slot.factor for slot in stuck])
         return self._judge(active, info)
+
+    def _raise_stuck(self, stuck: list[StiefelFactor]) -> NoReturn:
+        names = ", ".join(f.name for f in stuck)
+        state = f"The step was not taken for {names}, the other factors have taken it"
+        targets.refuse_values(stuck, state)
+        if off := [f for f in stuck if self._guard.off_manifold(f)]:
+            raise OffManifoldError(
+                f"the value of {', '.join(f.name for f in off)} is so far off its manifold that a step overflows: "
+                f"something other than this optimizer's step wrote to its .data. {state}; load a sound checkpoint.",
+                [f.name for f in off],
+            )
+        raise NonFiniteError(
+            f"the step was not taken for {names}, since it overflowed with finite gradients. The other factors have "
+            "taken it, so go on from a checkpoint, with a lower learning rate or clipped gradients.",
+            [f.name for f in stuck],
+        )
 
     def _judge(self, active: list[Slot], info: Tensor) -> OffManifoldError | None:
         factors = [slot.factor for slot in active]
@@ -377,12 +383,12 @@ class StellaAdamW(AdamW):
         self._guard.after_step(factors, info[:, RESIDUAL].tolist())
         return found
 
-
-def _refuse_gradients(slots: list[Slot]) -> None:
-    if slots:
-        names = [slot.factor.name for slot in slots]
-        raise NonFiniteError(
-            f"the gradient of {', '.join(names)} holds NaN or an infinity; no parameter and no moment was changed. "
-            "Zero the gradients and look at the loss of this batch, or leave such steps out: skip_nonfinite=True.",
-            names,
-        )
+    def _refuse_gradients(self, slots: list[Slot]) -> None:
+        if slots:
+            names = [slot.factor.name for slot in slots]
+            targets.refuse_values(self._factors, "No parameter and no moment was changed")
+            raise NonFiniteError(
+                f"the gradient of {', '.join(names)} holds NaN or an infinity; no parameter and no moment was changed. "
+                "Zero the gradients and look at the loss of this batch, or leave such steps out: skip_nonfinite=True.",
+                names,
+            )

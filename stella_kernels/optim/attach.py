@@ -38,7 +38,8 @@ def attach(
     with it, so attach again after loading. A copied or unpickled optimizer is attached to the copies of its factors.
 
     A factor that something else has moved since its last retraction is found as the next step begins (``optim.guard``).
-    Factors of the model that begin to train later (unfrozen, added to a group) are constrained from then on.
+    Factors of the model that move later (unfrozen, added to a group, frozen with a gradient left) are constrained from
+    then on. A step checks the gradients of all groups and attachments before it rewrites any.
 
     Args:
         optimizer: any torch optimizer, or a wrapper around one. Constrained factors go in groups without weight decay.
@@ -47,7 +48,7 @@ def attach(
             or of tall parameters (n, r), n > r. float32 or float64; bfloat16 and float16 work at their own precision.
             Any devices.
         retraction: 'polar' (a native kernel), 'qr', 'exp_map' or 'cayley' (plain PyTorch; the last two keep the drift
-            of a factor instead of correcting it).
+            of a factor, and take the orthogonal polar factor where it has grown past round-off).
         grad_scaling: True takes d from the model's ``config.hidden_size``, a number is d itself, False is no scaling.
         geometry: 'stiefel'; or, for the paper's ablations, 'euclidean' without constraint, which leaves the optimizer
             as it is, or 'quotient': U, S and V of a module move together, horizontally to the fibres on which U S Vᵀ is
@@ -63,10 +64,12 @@ def attach(
             the optimizer, has weight decay or is attached already, an unknown hidden size.
         NonFiniteError: a factor holds NaN or an infinity.
 
-    ``optimizer.step()`` then raises, with nothing changed, ``ValueError`` for weight decay set since and for factors
-    that the optimizer no longer holds, ``RuntimeError`` for a sparse or expanded gradient or where no factor has one,
+    ``optimizer.step()`` then raises, with nothing changed, ``ValueError`` for weight decay set since, for factors that
+    the optimizer no longer holds, that the model has replaced, or that alone train and are in no optimizer,
+    ``RuntimeError`` for a sparse or expanded gradient or where none has one in three steps,
     ``OffManifoldError`` for a factor that something else moved (where only ``.data`` was written, the gradients have
-    been rewritten by then), ``NonFiniteError`` for a NaN or infinite gradient of a factor or of its S. If the optimizer
+    been rewritten by then), ``NonFiniteError`` for a NaN or infinite gradient of a factor or of its S, or value. If the
+    optimizer
     moves a factor to NaN, or a retraction fails, all factors go back to their values before the step
     and ``NonFiniteError`` or ``RuntimeError`` names those at fault.
     """

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..checks import NonFiniteError
 from ..nn import StiefelFactor
-from ..operators.status import DRIFT, INFO_COLUMNS, RESIDUAL, STATUS_NON_FINITE, STATUS_OK, STATUS_OVERFLOW
+from ..operators.status import DRIFT, INFO_COLUMNS, RESIDUAL, STATUS_OK, STATUS_OVERFLOW
 from ..reference import stiefel
 from . import targets, wrappers
-from .guard import Guard
+from .guard import Guard, distance
 from .interruption import Postponed
 from .memory import Memory
 from .quotient import Product, QuotientStep
-from .roster import Roster
+from .roster import Family, Roster
+from .stiefel_step import check_gradients, gradient_of, refuse_large, refuse_moves, refuse_non_finite, retract_moved
 
 # Which attachments an optimizer has; weak on both sides, so that neither is kept alive.
 _attachments: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[Attachment]] = weakref.WeakKeyDictionary()
+
+_numbers = itertools.count()
+
+_REWRITTEN = "No parameter was moved by this step; its gradients may be rewritten already, so zero them"
 
 
 def attachments_of(optimizer: Optimizer) -> list[Attachment]:
@@ -64,11 +71,13 @@ class Attachment:
         self.last_info: Tensor | None = None
         self._settings = settings
         self._optimizers = [weakref.ref(one) for one in optimizers]  # outermost first
-        self._roster = Roster(target, optimizers[0])
+        self._roster = Roster(target if isinstance(target, Family) else Family(target), optimizers[0])
         self._guard = Guard((), settings.on_foreign_move)
         self._constrained: dict[int, str] = {}  # id of the parameter: name
         self._memory = Memory()
         self._divisors: list[float] = []
+        self._number = next(_numbers)  # in the order of hooks
+        self._planned: tuple[list[int], dict[int, Tensor]] | None = None  # checked, and not rewritten yet
         self._active: list[int] | None = None  # factors of the step under way, between the two hooks
         self._drift = torch.empty(0, device="cpu")
         self._unevaluated = False  # a closure was given to the step under way, and not called yet
@@ -82,13 +91,15 @@ class Attachment:
             self._hooks.append(one.register_step_post_hook(self._after_step))
         for one in optimizers:
             _attachments.setdefault(one, weakref.WeakSet()).add(self)
-        if self._hooks:
-            wrappers.copies_through(optimizers[0], self._when_copied)
+            if self._hooks:
+                wrappers.copies_through(one, partial(_when_copied, weakref.ref(one)), Attachment)
 
     def remove(self) -> None:
         """Take the hooks off the optimizer; the factors keep their values. Does nothing the second time."""
         for hook in self._hooks:
             hook.remove()
+        for other in self._company():
+            other._planned = None
         self._hooks.clear()
         self._active = None
         self._memory.forget()
@@ -102,6 +113,7 @@ class Attachment:
 
     def _constrain(self, factors: Sequence[StiefelFactor]) -> None:
         self.factors += tuple(factors)
+        self._roster.constrain(self.factors)
         for factor in factors:
             self._constrained[id(factor.parameter)] = factor.name
             divisor = stiefel.gradient_scaling_divisor(factor.view.shape[0], self._settings.hidden_size)
@@ -115,17 +127,16 @@ class Attachment:
             return None  # inside another step, which is the one
         self._finish_interrupted_step()
         self._unevaluated = False
-        targets.check_no_weight_decay(optimizer, self._constrained)
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and float(found_inf) > 0:
+            targets.check_no_weight_decay(optimizer, self._constrained)
             return None  # a fused optimizer under GradScaler, which is about to skip this step by itself
-        self._guard.before_step(self.factors, every=self._quotient is not None)
-        self._memory.follow()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
         if closure is None:
             self._begin(optimizer)
             self._postponed.begin()
             return None
+        self._look(optimizer)
         self._unevaluated = True
         self._postponed.begin()
         evaluate = self._evaluated_here(optimizer, closure)
@@ -160,39 +171,70 @@ class Attachment:
 
         return evaluate
 
+    def _company(self) -> list[Attachment]:
+        """Those that act on the same optimizers, in the order in which their hooks run; this one too."""
+        found = {a for one in self._alive() for a in attachments_of(one) if a._hooks}
+        return sorted(found, key=lambda a: a._number)
+
     def _begin(self, optimizer: Optimizer) -> None:
-        """Checks and rewrites the gradients, and keeps the factors as they are."""
-        moving, others, held = [], False, 0
+        """Checks and rewrites the gradients, and keeps the factors as they are.
+
+        The first of several attachments checks what all of them are to rewrite, so that an error leaves no half.
+        """
+        company = self._company()
+        try:
+            if self._planned is None:
+                for one in company:
+                    one._planned = one._plan(optimizer if one is self else one._alive()[0], len(company) == 1)
+            active, gradients = self._planned or ([], {})
+            self._planned = None
+            self._rewrite(active, gradients)
+        except BaseException:
+            for one in company:
+                one._planned = None
+            raise
+
+    def _look(self, optimizer: Optimizer) -> None:
+        """What can be asked before there are gradients."""
+        targets.check_no_weight_decay(optimizer, self._constrained)
+        self._guard.before_step(every=self._quotient is not None)
+
+    def _plan(self, optimizer: Optimizer, alone: bool) -> tuple[list[int], dict[int, Tensor]]:
+        """The factors that this step moves and their gradients (n, r), once nothing speaks against it."""
+        self._finish_interrupted_step()
+        self._look(optimizer)
+        attached = attachments_of(optimizer)
+        elsewhere = {i for a in attached if a is not self for i in a._constrained} if len(attached) > 1 else {}
+        moving, held = [], 0
         for parameters in [group["params"] for group in optimizer.param_groups]:
             for parameter in parameters:
                 if id(parameter) in self._constrained:
                     held += 1
-                elif parameter.grad is not None:
-                    others = True
+                elif parameter.grad is not None and id(parameter) not in elsewhere:
                     moving.append(parameter)
         self._roster.check_held(self.factors, held)
         if new := self._roster.newcomers(moving):
             self._admit(optimizer, new)
         active = [i for i, f in enumerate(self.factors) if f.parameter.grad is not None]
-        self._roster.check_moving(self.factors, len(active), others)
-        gradients = {i: self._gradient(self.factors[i]) for i in active}
-        targets.check_finite_cores([self.factors[i] for i in active])
-        groups = self._memory.groups(active)
-        attached = attachments_of(optimizer)
-        # one call writes nothing when it finds a NaN; several have to be checked beforehand
-        if len(groups) > 1 or len(attached) > 1 or self._quotient is not None:
-            for attachment in attached:
-                attachment._refuse_non_finite_gradients()
+        self._roster.check_moving(self.factors, len(active))
+        self._memory.follow(active)
+        gradients = {i: gradient_of(self.factors[i]) for i in active}
+        targets.check_finite_cores([self.factors[i] for i in active], self.factors)
+        # one call of the operator writes nothing when it finds a fault; before several, all are looked at
+        if self._quotient is not None or not alone or len(self._memory.groups(active)) > 1:
+            exact = self._quotient is None
+            check_gradients(self.factors, gradients, self._memory.views if exact else None)
+        if self._quotient is not None:
+            self._quotient.prepare(gradients, self._memory.views)
+        return active, gradients
+
+    def _rewrite(self, active: list[int], gradients: dict[int, Tensor]) -> None:
         drift = torch.zeros(len(self.factors), dtype=torch.float64, device="cpu")
         if self._quotient is not None:
-            self._quotient.make_riemannian(gradients, self._memory.views)
+            self._quotient.make_riemannian()
+        groups = self._memory.groups(active)
         for group in groups if self._quotient is None else ():
-            info = torch.ops.stella_kernels.riemannian_gradient_(
-                [gradients[i] for i in group],
-                [self._memory.views[i] for i in group],
-                [self._memory.snapshot(i) for i in group],
-            ).cpu()
-            if bool(info[:, 0].any()):
+            while bool((info := self._riemannian(group, gradients))[:, 0].any()):
                 self._refuse_gradients(group, info[:, 0].tolist())
             drift[group] = info[:, DRIFT]
         for group in groups if self._quotient is not None else ():
@@ -201,6 +243,13 @@ class Attachment:
         self._drift = drift
         self._active = active
 
+    def _riemannian(self, group: list[int], gradients: dict[int, Tensor]) -> Tensor:
+        return torch.ops.stella_kernels.riemannian_gradient_(
+            [gradients[i] for i in group],
+            [self._memory.views[i] for i in group],
+            [self._memory.snapshot(i) for i in group],
+        ).cpu()
+
     def _admit(self, optimizer: Optimizer, new: Sequence[StiefelFactor]) -> None:
         """Factors that the optimizer is about to move for the first time: unfrozen, or added since."""
         if self._quotient is not None:
@@ -208,8 +257,6 @@ class Attachment:
                 f"optimizer: {', '.join(f.name for f in new)} began to train after attach, which geometry='quotient' "
                 "cannot take up; remove() the attachment and attach again."
             )
-        elsewhere = {i for a in attachments_of(optimizer) if a is not self for i in a._constrained}
-        new = [f for f in new if id(f.parameter) not in elsewhere]
         targets.check_shapes(new)
         targets.check_no_weight_decay(optimizer, {id(f.parameter): f.name for f in new})
         targets.check_orthonormal(new)
@@ -217,44 +264,27 @@ class Attachment:
 
     def _judge_drift(self, active: list[int], drift: Tensor) -> None:
         """What the kernels saw, which no version counter shows: a write to ``.data``."""
-        state = "No parameter was moved by this step; its gradients were rewritten, so zero them"
         factors = [self.factors[i] for i in active]
         before = [f.parameter._version for f in factors]
-        self._guard.judge(factors, drift[active].tolist(), state)
+        self._guard.judge(factors, drift[active].tolist(), _REWRITTEN)
         for i, factor, version in zip(active, factors, before, strict=True):
             if factor.parameter._version != version:  # retracted
                 self._memory.snapshot(i).copy_(self._memory.views[i])
         self._guard.settle(factors)
 
     def _refuse_gradients(self, group: list[int], status: list[float]) -> None:
+        """Raise; or, where a value was at fault and the policy is to retract it, return for another try."""
+        bad = [i for i, s in zip(group, status, strict=True) if s != STATUS_OK]
+        factors = [self.factors[i] for i in bad]
+        off = [f for f in factors if self._guard.off_manifold(f)]
+        self._guard.judge(off, [distance(f) for f in off], _REWRITTEN)
+        if off:
+            self._guard.settle(off)
+            return
         large = [self.factors[i].name for i, s in zip(group, status, strict=True) if s == STATUS_OVERFLOW]
         if large:
-            raise NonFiniteError(
-                f"the gradient of {', '.join(large)} is finite and so large that the Riemannian gradient overflows; "
-                "nothing was changed. Zero the gradients and look at the loss of this batch, or clip them first.",
-                large,
-            )
-        self._refuse_non_finite([i for i, s in zip(group, status, strict=True) if s != STATUS_OK])
-
-    def _gradient(self, factor: StiefelFactor) -> Tensor:
-        gradient = targets.check_gradient(factor.name, factor.parameter)
-        return gradient.mT if factor.transposed else gradient  # (n, r)
-
-    def _refuse_non_finite_gradients(self) -> None:
-        gradients = [f.parameter.grad for f in self.factors]
-        self._refuse_non_finite([i for i, g in enumerate(gradients) if g is not None and not bool(g.isfinite().all())])
-
-    def _refuse_non_finite(self, indices: list[int]) -> None:
-        if not indices:
-            return
-        names = [self.factors[i].name for i in indices]
-        values = [self.factors[i].name for i in indices if not bool(self._memory.views[i].isfinite().all())]
-        what = f"the value of {', '.join(values)}" if values else f"the gradient of {', '.join(names)}"
-        raise NonFiniteError(
-            f"{what} holds NaN or an infinity, found before the optimizer moved anything. Zero the gradients and look "
-            "at the loss of this batch (with float16, step through a GradScaler, which skips such batches).",
-            names,
-        )
+            refuse_large(large)
+        refuse_non_finite([f.name for f in factors], self.factors)
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -263,15 +293,29 @@ class Attachment:
         try:
             if self._unevaluated:
                 self._unevaluated = False
-                self._guard.before_step(self.factors)  # it moved nothing, or says so
+                self._guard.before_step()  # it moved nothing, or says so
             elif self._active is not None:
-                active, self._active = self._active, None
-                self._retract_moved(active)
+                self._retract_together()
         finally:
             self._postponed.end()
 
+    def _retract_together(self) -> None:
+        """What this and the other attachments to the same step moved; where one fails, all are put back."""
+        outermost = self._alive()[0]
+        taken = [(a, a._active) for a in self._company() if a._active is not None and a._alive()[0] is outermost]
+        for one, _ in taken:
+            one._active = None
+        try:
+            for one, active in taken:
+                one._retract_moved(active)
+        except BaseException:
+            for one, active in taken:
+                one._restore(active)
+                one._postponed.end()
+            raise
+
     def _retract_moved(self, active: list[int]) -> None:
-        self._memory.follow()
+        self._memory.follow(active)
         info = torch.zeros(len(self.factors), INFO_COLUMNS, dtype=torch.float64, device="cpu")
         try:
             if self._quotient is not None:
@@ -289,45 +333,12 @@ class Attachment:
             self._guard.after_step([self.factors[i] for i in active], self.last_info[:, RESIDUAL].tolist())
             return
         self._restore(active)
-        self._raise_for({i: int(info[i, 0]) for i in active})
-
-    def _raise_for(self, status: dict[int, int]) -> None:
-        back = (
-            "All factors were put back to their values before this step; the other parameters and the optimizer's "
-            "state have taken it, so go on from a checkpoint"
-        )
-        names = [self.factors[i].name for i, s in status.items() if s in (STATUS_NON_FINITE, STATUS_OVERFLOW)]
-        if names:
-            raise NonFiniteError(
-                f"optimizer.step() moved {', '.join(names)} to NaN or an infinity, or so far that its retraction "
-                f"overflows. {back}, with a lower learning rate.",
-                names,
-            )
-        names = [self.factors[i].name for i, s in status.items() if s != STATUS_OK]
-        raise RuntimeError(
-            f"the polar retraction with method={self._settings.method!r} did not converge for {', '.join(names)}. "
-            f"{back}, with method='auto' or 'svd'."
-        )
+        refuse_moves({self.factors[i].name: int(info[i, 0]) for i in active}, self._settings.method)
 
     def _retract(self, group: list[int]) -> Tensor:
-        """Steps 3 to 5 of the published step, in place; one row of info for each factor."""
         moved, previous = [self._memory.views[i] for i in group], [self._memory.snapshot(i) for i in group]
         divisors = [self._divisors[i] for i in group]
-        if self._settings.retraction == "polar":
-            return torch.ops.stella_kernels.project_retract_(moved, previous, divisors, self._settings.method)
-        rows: list[list[float]] = []
-        for new, old, divisor in zip(moved, previous, divisors, strict=True):
-            if not bool(new.isfinite().all()):
-                rows.append([STATUS_NON_FINITE, float("nan"), 0.0, float("nan"), 0.0])
-                continue
-            wide = torch.float32 if new.dtype in targets.HALF_DTYPES else new.dtype
-            with torch.autocast(new.device.type, enabled=False):
-                Q = stiefel.project_retract(old.to(wide), new.to(wide), divisor, self._settings.retraction)  # (n, r)
-                new.copy_(Q)
-                residual = float(stiefel.orthonormality_error(new.to(wide)))
-            status = STATUS_OK if residual < float("inf") else STATUS_NON_FINITE
-            rows.append([status, residual, 0.0, float("nan"), 0.0])
-        return torch.tensor(rows, dtype=torch.float64, device="cpu")
+        return retract_moved(moved, previous, divisors, self._settings.retraction, self._settings.method)
 
     def _restore(self, active: list[int]) -> None:
         """Give every factor its value before the step, wherever it lies now."""
@@ -342,17 +353,22 @@ class Attachment:
             return
         active, self._active = self._active, None
         self._postponed.end()
-        self._memory.follow()
+        self._memory.follow(active)
         touched = [i for i in active if not self._guard.untouched(self.factors[i])]
         moved = [i for i in touched if self._guard.off_manifold(self.factors[i])]  # else somebody has put it right
         if self._quotient is not None or not all(bool(self._memory.views[i].isfinite().all()) for i in moved):
             self._restore(active)
         elif moved:
             self._retract_moved(moved)
-
-    def _when_copied(self) -> tuple[Callable[..., Any], Any]:
-        one = self._alive()[0]
-        return _attach_copy, [(a.factors, a._settings, a._products()) for a in attachments_of(one)]
+            warnings.warn(
+                f"optimizer.step(): the last one raised, or its hooks did, after it had moved "
+                f"{', '.join(self.factors[i].name for i in moved)}, which stayed off their manifolds until now and are "
+                "retracted. Gradients of this step were taken where they had been; zero them and compute them again to "
+                "be exact, and call stella_kernels.optim.retract(model) before a model is evaluated or saved after "
+                "such an error.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _products(self) -> tuple[Product, ...]:
         return self._quotient.products if self._quotient is not None else ()
@@ -362,7 +378,15 @@ def _alive(references: Sequence[weakref.ref[Optimizer]]) -> list[Optimizer]:
     return [one for reference in references if (one := reference()) is not None]
 
 
-def _attach_copy(optimizer: Optimizer, attachments: list[tuple[Any, Settings, Any]]) -> None:
+def _when_copied(reference: weakref.ref[Optimizer]) -> tuple[Callable[..., Any], Any]:
+    """The attachments of which an optimizer is the outermost; the others come with that one."""
+    one = reference()
+    own = [a for a in attachments_of(one) if a._alive()[0] is one] if one is not None else []
+    own = sorted(own, key=lambda a: a._number)
+    return _attach_copy, [(a.factors, a._settings, a._products(), a._roster.family) for a in own]
+
+
+def _attach_copy(optimizer: Optimizer, attachments: list[tuple[Any, Settings, Any, Family]]) -> None:
     """The geometry of the optimizer that ``optimizer`` is a copy of, on the copies of its factors."""
-    for factors, settings, products in attachments:
-        Attachment(wrappers.hooked_optimizers(optimizer), None, factors, settings, products)
+    for factors, settings, products, family in attachments:
+        Attachment(wrappers.hooked_optimizers(optimizer), family, factors, settings, products)

@@ -17,12 +17,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..checks import NonFiniteError, OffManifoldError, check_choice
+from ..checks import OffManifoldError, check_choice
 from ..nn import StiefelFactor, orthonormality_tolerance
 from ..reference import stiefel
 from . import targets
+from .memory import has_memory
 
 POLICIES = ("error", "retract")
 
@@ -35,7 +36,12 @@ class _Mark:
     version: int
     shape: torch.Size
     slack: float  # round-off of any retraction to such a factor
-    allowed: float  # ‖YᵀY − I‖ that may be found as the next step begins
+    residual: float  # ‖QᵀQ − I‖ that the last retraction reported
+
+    @property
+    def allowed(self) -> float:
+        """The ``‖YᵀY − I‖`` that may be found as the next step begins."""
+        return 2.0 * self.residual + self.slack
 
 
 class Guard:
@@ -50,13 +56,17 @@ class Guard:
         check_choice("on_foreign_move", policy, POLICIES)
         self.policy = policy
         self._marks: dict[int, _Mark] = {}
+        self._all: list[tuple[StiefelFactor, nn.Parameter, _Mark]] = []  # what a step goes through, hundreds of them
+        self._allowed_to_all = math.inf
         self.watch(factors)
 
     def watch(self, factors: Iterable[StiefelFactor]) -> None:
         """From now on these too, which were just found to be orthonormal."""
         for factor in factors:
-            p, allowed = factor.parameter, orthonormality_tolerance(factor)
-            self._marks[id(p)] = _Mark(p.data_ptr(), p._version, p.shape, _round_off(factor), allowed)
+            p, found = factor.parameter, orthonormality_tolerance(factor) / 2
+            mark = self._marks[id(p)] = _Mark(p.data_ptr(), p._version, p.shape, _round_off(factor), found)
+            self._all.append((factor, p, mark))
+        self._allowed_to_all = min((mark.slack for mark in self._marks.values()), default=math.inf)
 
     def watches(self, factor: StiefelFactor) -> bool:
         """Whether it is one of them."""
@@ -72,33 +82,35 @@ class Guard:
         """Whether it is farther from its manifold than the last step left it; measured."""
         return not distance(factor) <= self._marks[id(factor.parameter)].allowed
 
-    def before_step(self, factors: Sequence[StiefelFactor], every: bool = False) -> None:
+    def before_step(self, every: bool = False) -> None:
         """Measure what was touched, or all; nothing else has happened yet.
 
         Raises:
             OffManifoldError, NonFiniteError: a factor is off its manifold; under 'retract' only where it cannot be
                 brought back.
         """
-        marks = self._marks
         touched = [
             f
-            for f in factors
-            if every
-            or (mark := marks[id(p := f.parameter)]).version != p._version
-            or mark.pointer != p.data_ptr()  # as ``untouched``, hundreds of times a step
+            for f, p, mark in self._all
+            if every or mark.version != p._version or mark.pointer != p.data_ptr()  # as ``untouched``
         ]
         if not touched:
             return
+        # one that is frozen and has no gradient is nobody's business until it trains again
+        touched = [f for f in touched if f.parameter.requires_grad or f.parameter.grad is not None]
         for factor in touched:
             shape = self._marks[id(factor.parameter)].shape
-            if factor.parameter.shape != shape:
+            if factor.parameter.shape != shape or not has_memory(factor.parameter):
                 raise OffManifoldError(
-                    f"{factor.name}: found shape {tuple(factor.parameter.shape)} as optimizer.step() began, wanted "
-                    f"{tuple(shape)}: something took its memory away, as an offload does. Bring it back first.",
+                    f"{factor.name}: found shape {tuple(factor.parameter.shape)} with a storage of "
+                    f"{factor.parameter.untyped_storage().nbytes()} bytes as optimizer.step() began, wanted "
+                    f"{tuple(shape)} in memory: something took its memory away, as an offload does. Bring it back "
+                    "first.",
                     [factor.name],
                 )
         for factor in touched:
-            self._marks[id(factor.parameter)].slack = _round_off(factor)  # of another dtype perhaps
+            slack = self._marks[id(factor.parameter)].slack = _round_off(factor)  # of another dtype perhaps
+            self._allowed_to_all = min(self._allowed_to_all, slack)
         targets.check_masters(touched)
         self.judge(touched, [distance(f) for f in touched], "Nothing was changed by this step")
         self.settle(touched)
@@ -111,21 +123,18 @@ class Guard:
             drifts: ``‖YᵀY − I‖`` of each, as the step began.
             state: what has become of the step, for the message.
         """
+        if all(map(self._allowed_to_all.__ge__, drifts)):  # False of NaN
+            return
         marks = self._marks
         off = [(f, d) for f, d in zip(factors, drifts, strict=True) if not d <= marks[id(f.parameter)].allowed]
         if not off:
             return
-        broken = [f.name for f, d in off if not math.isfinite(d)]
-        if broken:
-            raise NonFiniteError(
-                f"the value of {', '.join(broken)} holds NaN or an infinity, found as optimizer.step() began. {state}; "
-                "load a sound checkpoint.",
-                broken,
-            )
+        targets.refuse_values([f for f, d in off if not math.isfinite(d)], state)
         if self.policy == "retract":
             retract([f for f, _ in off])
             return
-        worst, drift = max(off, key=lambda each: each[1])
+        # of a finite value, however large, that no sum of squares can hold
+        worst, drift = max(((f, d if d < math.inf else math.inf) for f, d in off), key=lambda each: each[1])
         names = [f.name for f, _ in off]
         raise OffManifoldError(
             f"{', '.join(names)}: found ‖QᵀQ − I‖ = {drift:.3g} ({worst.name}) as optimizer.step() began, wanted at "
@@ -139,13 +148,13 @@ class Guard:
 
     def after_step(self, factors: Sequence[StiefelFactor], residuals: Sequence[float]) -> None:
         """Remember how a step left them; ``residuals`` are ``‖QᵀQ − I‖`` of its retractions."""
-        marks = self._marks
-        for factor, residual in zip(factors, residuals, strict=True):
-            p = factor.parameter
-            mark = marks[id(p)]
+        moved = self._all
+        if len(factors) < len(moved):
+            moved = [(f, f.parameter, self._marks[id(f.parameter)]) for f in factors]
+        for (_, p, mark), residual in zip(moved, residuals, strict=True):
             mark.pointer = p.data_ptr()
             mark.version = p._version
-            mark.allowed = 2.0 * residual + mark.slack
+            mark.residual = residual
 
     def settle(self, factors: Iterable[StiefelFactor]) -> None:
         """These were put back, or written by the step itself without moving: as they are, with what was allowed."""
@@ -184,11 +193,30 @@ def retract(target: nn.Module | Iterable[StiefelFactor | nn.Parameter]) -> None:
             parameters (n, r), n > r; any dtype and device.
 
     Raises:
-        RuntimeError: a factor holds NaN or an infinity; none is changed.
+        NonFiniteError: a factor holds NaN or an infinity; none is changed.
+        OffManifoldError: the columns of a factor are linearly dependent, so that no point is nearest; none is changed.
         TypeError, ValueError: what is no factor, as for ``attach``.
     """
     factors = targets.resolve_factors(target)
     targets.check_shapes(factors)
-    results = [torch.ops.stella_kernels.polar(f.view, "auto")[0] for f in factors]
+    targets.refuse_values(factors, "Nothing was changed")
+    wide = [f.view.float() if f.parameter.dtype in targets.HALF_DTYPES else f.view for f in factors]
+    results = [torch.ops.stella_kernels.polar(Y, "auto")[0] for Y in wide]
+    for factor, Y, Q in zip(factors, wide, results, strict=True):
+        if (rank := _rank(Q, Y)) < Q.shape[1]:
+            raise OffManifoldError(
+                f"{factor.name}: found {rank} linearly independent columns of {Q.shape[1]}, wanted all: such a factor "
+                "has no nearest point of its manifold. Nothing was changed; load a sound checkpoint, or initialise it "
+                "again.",
+                [factor.name],
+            )
     for factor, Q in zip(factors, results, strict=True):
         factor.view.copy_(Q)
+
+
+def _rank(Q: Tensor, Y: Tensor) -> int:
+    """Of Y (n, r), by the eigenvalues of ``QᵀY``, its symmetric factor beside the orthogonal one."""
+    with torch.autocast(Y.device.type, enabled=False):
+        H = Q.double().mT @ Y.double()  # (r, r)
+        values = torch.linalg.eigvalsh((H + H.mT) / 2)
+    return int((values > 8 * torch.finfo(Y.dtype).eps * values.max().clamp_min(0)).sum())

@@ -7,9 +7,21 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from ..checks import OffManifoldError
 from ..nn import StiefelFactor
 
 Place = tuple[int, torch.Size, tuple[int, ...], torch.dtype, torch.device]
+
+
+def has_memory(t: Tensor) -> bool:
+    """Whether a tensor's storage holds all its elements: engines that offload resize it to nothing, under the tensor.
+
+    Reading such a tensor ends the process.
+    """
+    if t.layout is not torch.strided or t.is_meta or t.numel() == 0:
+        return True
+    last = t.storage_offset() + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.untyped_storage().nbytes() >= (last + 1) * t.element_size()
 
 
 def place_of(parameter: Tensor) -> Place:
@@ -40,11 +52,25 @@ class Memory:
             self._snapshots.append(None)
         self._grouped = ([], [])
 
-    def follow(self) -> None:
-        """Renew the views of parameters that were given other memory, by ``model.to(...)`` or ``p.data = …``."""
-        for i, factor in enumerate(self._factors):
+    def follow(self, indices: Sequence[int]) -> None:
+        """Renew the views of parameters that were given other memory, by ``model.to(...)`` or ``p.data = …``.
+
+        Raises:
+            OffManifoldError: a parameter has lost its memory.
+        """
+        for i in indices:
+            factor = self._factors[i]
             place = place_of(factor.parameter)
-            if place != self._places[i]:
+            # the view is asked too: storage that it points to may have been freed, and its address given out again
+            if place != self._places[i] or place[0] != self.views[i].data_ptr() or place[0] == 0:
+                if not has_memory(factor.parameter) or factor.parameter.shape != self._places[i][1]:
+                    raise OffManifoldError(
+                        f"{factor.name}: found shape {tuple(factor.parameter.shape)} with a storage of "
+                        f"{factor.parameter.untyped_storage().nbytes()} bytes, wanted {tuple(self._places[i][1])} in "
+                        "memory: something took it away within optimizer.step(), as an offload does. Keep the "
+                        "constrained factors in memory until the step is over.",
+                        [factor.name],
+                    )
                 self.views[i], self._places[i] = factor.view, place
                 self._grouped = ([], [])
 
@@ -63,7 +89,7 @@ class Memory:
 
     def restore(self, indices: Sequence[int]) -> None:
         """Give factors their values before the step, wherever they lie now."""
-        self.follow()
+        self.follow(indices)
         for i in indices:
             self.views[i].copy_(self.snapshot(i))
 

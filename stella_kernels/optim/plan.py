@@ -1,15 +1,20 @@
-"""What the fused AdamW knows of each constrained factor, and the operator calls that a step consists of."""
+"""What a fused AdamW step consists of: operator calls for the constrained factors, torch's AdamW for the rest."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.adamw import adamw
 
 from ..nn import StiefelFactor
 from ..reference import stiefel
 from . import targets
+from .memory import has_memory
 
 # Columns of the operator's hyperparameters that are written at every step.
 LR, STEP = 0, 4
@@ -24,7 +29,6 @@ class Slot:
         self.parameter = factor.parameter
         self.group = 0
         self.view = factor.view  # (n, r), the parameter's own memory
-        self._memory = (self.view.data_ptr(), 0, 0)  # where the parameter and the moments lay at the last step
         self.divisor = stiefel.gradient_scaling_divisor(self.view.shape[0], hidden_size)
         self.state: dict[str, Any] = {}
         self.fresh = False
@@ -33,9 +37,11 @@ class Slot:
         )
 
     def follow(self, state: dict[str, Any] | None) -> bool:
-        """Renew what has changed since the last step; whether the parameter's own memory has."""
-        at = self.parameter.data_ptr()
-        moved = at != self._memory[0]
+        """Renew what has changed since the last step; whether the parameter's own memory has.
+
+        Views are asked where they point to: storage may have been freed under them, and its address given out again.
+        """
+        moved = self.parameter.data_ptr() != self.view.data_ptr()
         if moved:
             self.view = self.factor.view
         self.fresh = not state
@@ -47,10 +53,15 @@ class Slot:
                 "exp_avg_sq": torch.zeros_like(self.parameter, memory_format=torch.preserve_format),
             }
         m, v = state["exp_avg"], state["exp_avg_sq"]
-        memory = (at, m.data_ptr(), v.data_ptr())  # .data may have been replaced
-        if memory != self._memory or m is not self.exp_avg or v is not self.exp_avg_sq:
+        if (
+            moved
+            or m is not self.exp_avg
+            or v is not self.exp_avg_sq
+            or not m.data_ptr() == self.exp_avg_view.data_ptr() != 0  # .data may have been replaced
+            or not v.data_ptr() == self.exp_avg_sq_view.data_ptr() != 0
+        ):
             self.exp_avg_view, self.exp_avg_sq_view = self._tall("exp_avg", state), self._tall("exp_avg_sq", state)
-            self.exp_avg, self.exp_avg_sq, self._memory = m, v, memory
+            self.exp_avg, self.exp_avg_sq = m, v
         step = state["step"]
         if not step.is_cpu:  # of a fused AdamW; read here at every step
             step = state["step"] = step.cpu()
@@ -65,6 +76,11 @@ class Slot:
     def _tall(self, key: str, state: dict[str, Any]) -> Tensor:
         moment: Tensor = state[key]
         p = self.parameter
+        if not has_memory(moment):
+            raise ValueError(
+                f"{self.factor.name}: found a moment {key} whose storage was freed, wanted one in memory; bring the "
+                "optimizer's state back before the step."
+            )
         if (moment.device, moment.dtype, moment.shape) != (p.device, p.dtype, p.shape):
             raise ValueError(
                 f"{self.factor.name}: found a moment {key} of {tuple(moment.shape)}, {moment.dtype} on {moment.device} "
@@ -101,3 +117,94 @@ class Plan:
                 beta1, beta2, eps, sign = constants[groups[i]]
                 rows.append([0.0, beta1, beta2, eps, 0.0, active[i].divisor, sign])
             self.calls.append(Call(positions, rows, active[positions[0]].view.new_empty(0)))
+
+
+def groups_of(model: nn.Module, factors: Sequence[StiefelFactor]) -> list[dict[str, Any]]:
+    """The trainable parameters of a model: the constrained ones without weight decay, and the rest."""
+    constrained = {id(f.parameter) for f in factors}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trainable if id(p) in constrained], "weight_decay": 0.0},
+        {"params": [p for p in trainable if id(p) not in constrained]},
+    ]
+
+
+def refuse_options(group: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for options of torch's AdamW that StellaAdamW does not have."""
+    for option in ("amsgrad", "capturable", "differentiable"):
+        if group.get(option):
+            raise ValueError(
+                f"{option}: found {group[option]!r}, wanted False: StellaAdamW does not have it; use "
+                f"torch.optim.AdamW({option}=True) with stella_kernels.optim.attach."
+            )
+
+
+def step_free(optimizer: AdamW, group: dict[str, Any], parameters: list[Tensor]) -> None:
+    """torch's own AdamW; through its function, since ``super().step()`` would fire the hooks a second time."""
+    moving: list[Tensor] = []
+    gradients: list[Tensor] = []
+    exp_avgs: list[Tensor] = []
+    exp_avg_sqs: list[Tensor] = []
+    steps: list[Tensor] = []
+    has_complex = optimizer._init_group(
+        {**group, "params": parameters}, moving, gradients, exp_avgs, exp_avg_sqs, [], steps
+    )
+    beta1, beta2 = group["betas"]
+    adamw(
+        moving,
+        gradients,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
+        foreach=group["foreach"],
+        fused=group["fused"],
+        has_complex=has_complex,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=group["maximize"],
+    )
+
+
+def check_state_dict(state_dict: dict[str, Any]) -> None:
+    """Raise ``ValueError`` unless it is of an AdamW without what StellaAdamW does not have."""
+    for index, group in enumerate(state_dict.get("param_groups", ())):
+        refuse_options(group)
+        if missing := [key for key in ("lr", "betas", "eps", "weight_decay") if key not in group]:
+            raise ValueError(
+                f"state_dict: found param_groups[{index}] without {', '.join(missing)}, so it is of another optimizer, "
+                "wanted that of a StellaAdamW or torch.optim.AdamW over the same groups; start without one instead."
+            )
+    for key, kept in state_dict.get("state", {}).items():
+        if kept and (missing := [name for name in ("step", "exp_avg", "exp_avg_sq") if name not in kept]):
+            raise ValueError(
+                f"state_dict: found state[{key!r}] without {', '.join(missing)}, so it is of another optimizer, wanted "
+                "that of a StellaAdamW or torch.optim.AdamW over the same groups; start without one instead."
+            )
+
+
+def reasons_to_skip(slots: Sequence[Slot], active: Sequence[Slot], free: Sequence[Sequence[Tensor]]) -> list[str]:
+    """Names of what has a gradient with NaN or infinity, or one of a factor so large that a step would overflow."""
+    names = {id(slot.factor.core): f"S beside {slot.factor.name}" for slot in reversed(slots)}
+    given = [(slot.factor.name, slot.parameter.grad) for slot in active]
+    for index, parameters in enumerate(free):
+        given += [(names.get(id(p), f"param_groups[{index}]"), p.grad) for p in parameters]
+    gradients = [gradient for _, gradient in given if gradient is not None]
+    bad = {given[i][0] for i in targets.non_finite(gradients)}
+    if not bad:
+        bad = {slot.factor.name for slot in active if _too_large(slot.parameter)}
+    return sorted(bad)
+
+
+def _too_large(parameter: Tensor) -> bool:
+    """Whether the square of the Riemannian gradient may overflow in the arithmetic of a step."""
+    gradient = parameter.grad
+    assert gradient is not None
+    dtype = torch.float32 if gradient.dtype in targets.HALF_DTYPES else gradient.dtype
+    # |∇ − Y ∇ᵀ Y| ≤ (1 + sqrt(n r)) max |∇|
+    limit = math.sqrt(torch.finfo(dtype).max) / (2.0 + 2.0 * math.sqrt(gradient.numel()))
+    return float(torch.linalg.vector_norm(gradient, math.inf)) > limit

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from ..checks import NonFiniteError
 from ..nn import StiefelFactor
-from ..operators.status import DRIFT, INFO_COLUMNS, STATUS_NON_FINITE, STATUS_OK
-from ..reference import quotient, stiefel
+from ..operators.status import INFO_COLUMNS
+from ..reference import quotient
 from ..reference.quotient import Triple
 from . import targets
+from .stiefel_step import retracted
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,11 +81,13 @@ class QuotientStep:
         self._retraction = retraction
         self._method = method
         self._cores: list[tuple[Product, Tensor]] = []  # of the step under way: the products that move, S before
+        self._ready: tuple[list[Product], list[tuple[Tensor, Tensor]]] = ([], [])  # products, gradients and what to be
 
-    def make_riemannian(self, gradients: dict[int, Tensor], views: Sequence[Tensor]) -> None:
-        """Rewrite the gradients (n, r) by factor index, in place, and remember every S; nothing is written on an error.
+    def prepare(self, gradients: dict[int, Tensor], views: Sequence[Tensor]) -> None:
+        """Compute the Riemannian gradients (n, r) by factor index; nothing is written yet.
 
-        Raises ``RuntimeError`` if only some of U, S, V have a gradient, ``NonFiniteError`` for a NaN in that of S.
+        Raises ``RuntimeError`` if only some of U, S, V have a gradient, ``NonFiniteError`` for a NaN in that of S and
+        where a Riemannian gradient overflows.
         """
         moving = [p for p in self.products if {p.left, p.right} & gradients.keys() or p.core.grad is not None]
         for product in moving:
@@ -101,12 +104,28 @@ class QuotientStep:
                 bad,
             )
         written: list[tuple[Tensor, Tensor]] = []
+        large: list[str] = []
         for p in moving:
             assert p.core.grad is not None
             point = _wide(views[p.left], p.core.detach(), views[p.right])
             euclidean = _wide(gradients[p.left], p.core.grad, gradients[p.right])
             G_U, _, G_V = quotient.riemannian_gradient(point, euclidean)  # that of S is the Euclidean one
-            written += [(gradients[p.left], G_U), (gradients[p.right], G_V)]
+            pairs = [(g, G.to(g.dtype)) for g, G in ((gradients[p.left], G_U), (gradients[p.right], G_V))]
+            if not all(bool(G.isfinite().all()) for _, G in pairs):
+                large.append(p.core_name)
+            written += pairs
+        if large:
+            raise NonFiniteError(
+                f"the gradients of U and V beside {', '.join(large)} are finite and so large that the Riemannian "
+                "gradient overflows, or that S is singular to round-off; nothing was changed. Zero the gradients and "
+                "look at the loss of this batch, or clip them first.",
+                large,
+            )
+        self._ready = (moving, written)
+
+    def make_riemannian(self) -> None:
+        """Rewrite the gradients in place, as prepared, and remember every S."""
+        (moving, written), self._ready = self._ready, ([], [])
         for gradient, value in written:
             gradient.copy_(value)
         self._cores = [(p, p.core.detach().clone()) for p in moving]
@@ -127,9 +146,10 @@ class QuotientStep:
                     "state have taken it, so go on from a checkpoint, with a lower learning rate.",
                     [p.core_name],
                 )
+            point = (point[0].to(moved[0]), point[1].to(moved[0]), point[2].to(moved[0]))  # the step may change dtypes
             xi = quotient.horizontal_move(point, moved, divisors[p.left], divisors[p.right])
             for index, Y, move in ((p.left, point[0], xi[0]), (p.right, point[2], xi[2])):
-                Q, rows[index] = self._retracted(Y, move)
+                Q, rows[index] = retracted(Y, move, self._retraction, self._method, views[index].dtype)
                 views[index].copy_(Q)
             p.core.detach().copy_(point[1] + xi[1])
         return torch.tensor([rows[i] for i in before], dtype=torch.float64, device="cpu").reshape(-1, INFO_COLUMNS)
@@ -139,19 +159,10 @@ class QuotientStep:
         for product, core in self._cores:
             product.core.detach().copy_(core)
 
-    def _retracted(self, Y: Tensor, move: Tensor) -> tuple[Tensor, list[float]]:
-        drift = float(stiefel.orthonormality_error(Y))
-        if self._retraction == "polar":
-            Q, info = torch.ops.stella_kernels.polar(Y + move, self._method)
-            return Q, [*info[0, :DRIFT].tolist(), drift]
-        Q = stiefel.RETRACTIONS[self._retraction](Y, move)  # (n, r)
-        residual = float(stiefel.orthonormality_error(Q))
-        status = STATUS_OK if residual < float("inf") else STATUS_NON_FINITE
-        return Q, [status, residual, 0.0, float("nan"), drift]
-
 
 def _wide(U: Tensor, S: Tensor, V: Tensor) -> Triple:
-    """The three in a dtype that has factorisations: bfloat16 and float16 become float32."""
-    if U.dtype in targets.HALF_DTYPES:
-        return U.float(), S.float(), V.float()
-    return U, S, V
+    """The three in one dtype that has factorisations: bfloat16 and float16 become float32."""
+    dtype = torch.promote_types(torch.promote_types(U.dtype, S.dtype), V.dtype)
+    if dtype in targets.HALF_DTYPES:
+        dtype = torch.float32
+    return U.to(dtype), S.to(dtype), V.to(dtype)

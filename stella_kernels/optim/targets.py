@@ -21,6 +21,7 @@ from ..nn import (
 )
 from ..operators.memory import overlaps_itself
 from ..reference import stiefel
+from .memory import has_memory
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -92,6 +93,11 @@ def check_shapes(factors: Sequence[StiefelFactor]) -> None:
                 f"{factor.name}: found shape {tuple(factor.parameter.shape)} with transposed={factor.transposed}, so "
                 f"n = {n} < r = {r}, wanted n >= r; pass StiefelFactor(..., transposed={not factor.transposed})."
             )
+        if not has_memory(factor.parameter):
+            raise ValueError(
+                f"{factor.name}: found a parameter whose storage was freed, wanted one in memory; bring back what was "
+                "offloaded first."
+            )
         if factor.parameter.is_meta or factor.parameter.layout is not torch.strided:
             raise ValueError(
                 f"{factor.name}: found a {factor.parameter.layout} parameter on device {factor.parameter.device}, "
@@ -112,12 +118,32 @@ def non_finite(tensors: Sequence[Tensor]) -> list[int]:
     return sorted(found)
 
 
-def check_finite_cores(factors: Sequence[StiefelFactor]) -> None:
+def refuse_values(factors: Sequence[StiefelFactor], state: str) -> None:
+    """Raise ``NonFiniteError`` for factors, and S beside them, whose own value holds NaN or an infinity.
+
+    Asked before a gradient is blamed: with such a value every gradient is NaN, whatever the batch.
+    """
+    values: dict[int, tuple[Tensor, str, str]] = {}
+    for f in factors:
+        values.setdefault(id(f.parameter), (f.parameter.detach(), f.name, f.name))
+        if f.core is not None:
+            values.setdefault(id(f.core), (f.core.detach(), f"the S beside {f.name}", f.name))
+    bad = [(what, name) for v, what, name in values.values() if has_memory(v) and not bool(v.isfinite().all())]
+    if bad:
+        raise NonFiniteError(
+            f"the value of {', '.join(what for what, _ in bad)} holds NaN or an infinity, found as optimizer.step() "
+            f"began, and no other batch helps. {state}; load a sound checkpoint.",
+            [name for _, name in bad],
+        )
+
+
+def check_finite_cores(factors: Sequence[StiefelFactor], everyone: Sequence[StiefelFactor]) -> None:
     """Raise ``NonFiniteError`` for an S whose gradient holds NaN or an infinity, named by a factor beside it."""
     found = [(f.core, f.name) for f in reversed(factors) if f.core is not None]
     cores = {id(core): (core.grad, name) for core, name in found}  # the first factor's name
     gradients = [(g, name) for g, name in cores.values() if g is not None and g.layout is torch.strided]
     if bad := [gradients[i][1] for i in non_finite([gradient for gradient, _ in gradients])]:
+        refuse_values(everyone, "Nothing was changed by this step")
         raise NonFiniteError(
             f"the gradient of the S beside {', '.join(bad)} holds NaN or an infinity, found before the optimizer moved "
             "anything. Zero the gradients and look at the loss of this batch.",
@@ -180,6 +206,8 @@ def check_gradient(name: str, parameter: Tensor) -> Tensor:
             f"of shape {tuple(gradient.shape)}, wanted {tuple(parameter.shape)}, the factor's; zero the gradients "
             "after replacing a parameter's data"
         )
+    elif gradient.data_ptr() == 0 and gradient.numel():
+        found = "whose storage was freed, wanted one in memory; bring it back before the step"
     elif gradient.is_neg():
         found = "that is a negated view, wanted a plain one; set p.grad = gradient.resolve_neg()"
     elif gradient.is_conj():

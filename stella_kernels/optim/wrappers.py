@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
@@ -55,10 +56,13 @@ def steps_under_way(optimizers: Sequence[Optimizer], frame: FrameType | None = N
     return steps
 
 
-def copies_through(optimizer: Optimizer, reattach: Callable[[], tuple[Callable[..., Any], Any]]) -> None:
+def copies_through(
+    optimizer: Optimizer, reattach: Callable[[], tuple[Callable[..., Any], Any]], keeper: type[Any]
+) -> None:
     """``copy.deepcopy`` and ``pickle`` of ``optimizer`` lose its hooks: have them call ``reattach``'s function.
 
-    ``reattach()`` returns a function of the module's level and its second argument; the first is the copy.
+    ``reattach()`` returns a function of the module's level and its second argument; the first is the copy. Hooks of
+    ``keeper`` objects are left out of the state, where a class's own ``__getstate__`` has them in it.
     """
 
     reference = weakref.ref(optimizer)
@@ -67,9 +71,19 @@ def copies_through(optimizer: Optimizer, reattach: Callable[[], tuple[Callable[.
         original: Any = reference()
         plain: Any = original.__class__.__reduce_ex__(original, protocol)
         make, arguments, state = plain[:3]
+        if isinstance(state, dict):
+            state = {key: _others(value, keeper) for key, value in state.items() if key != "__reduce_ex__"}
         return _rebuilt, (make, arguments, state, *reattach())
 
     vars(optimizer)["__reduce_ex__"] = reduce
+
+
+def _others(value: Any, keeper: type[Any]) -> Any:
+    """Hooks without those of ``keeper`` objects; anything else as it is."""
+    if not isinstance(value, OrderedDict):
+        return value
+    kept = ((key, each) for key, each in value.items() if not isinstance(getattr(each, "__self__", None), keeper))
+    return OrderedDict(kept)
 
 
 def copies_plainly(optimizer: Optimizer) -> None:

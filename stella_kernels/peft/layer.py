@@ -125,11 +125,17 @@ class StellaLayer(BaseTunerLayer):
     def own_stiefel_factors(self) -> Iterator[OwnFactor]:
         """The trainable ``U`` and ``Vᵀ`` of the active adapters, as ``nn.stiefel_factors`` collects them."""
         for adapter in self._present(self.active_adapters):
-            U, S, Vt = self.factors(adapter)
-            if U.requires_grad:
-                yield f"stella_U.{adapter}.weight", U, False, S, "left", self._master(self.stella_U, adapter)
-            if Vt.requires_grad:
-                yield f"stella_Vt.{adapter}.weight", Vt, True, S, "right", self._master(self.stella_Vt, adapter)
+            yield from (own for own in self._factors_of(adapter) if own[1].requires_grad)
+
+    def every_stiefel_factor(self) -> Iterator[OwnFactor]:
+        """``U`` and ``Vᵀ`` of every adapter, trained or not."""
+        for adapter in self.stella_U:
+            yield from self._factors_of(adapter)
+
+    def _factors_of(self, adapter: str) -> Iterator[OwnFactor]:
+        U, S, Vt = self.factors(adapter)
+        yield f"stella_U.{adapter}.weight", U, False, S, "left", self._master(self.stella_U, adapter)
+        yield f"stella_Vt.{adapter}.weight", Vt, True, S, "right", self._master(self.stella_Vt, adapter)
 
     @staticmethod
     def _master(factors: nn.ModuleDict, adapter: str) -> torch.dtype:

@@ -142,20 +142,18 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def _off_after_training(model: nn.Module, steps: int) -> str | None:
-    """What to say of factors that are off the manifold after this many steps; None where all is well."""
+def _off_after_training(model: nn.Module) -> str | None:
+    """What to say of factors that are off the manifold after their last step; None where all is well."""
     if not stiefel_factors(model):
         return None
-    retraction, _, geometry = adapter_settings(model)
-    if geometry == "euclidean":
+    if adapter_settings(model)[2] == "euclidean":
         return None
-    # two retractions keep drift: the round-off of every step, whose signs are random, is still there
-    errors = off_manifold(model, 1.0 + steps**0.5 if retraction in ("exp_map", "cayley") else 1.0)
+    errors = off_manifold(model)
     return describe_off(errors) if errors else None
 
 
-def _warn_if_off(model: nn.Module, steps: int, when: str) -> None:
-    if (fault := _off_after_training(model, steps)) is not None:
+def _warn_if_off(model: nn.Module, when: str) -> None:
+    if (fault := _off_after_training(model)) is not None:
         warnings.warn(f"model: {when}, {fault}.", RuntimeWarning, stacklevel=3)
 
 
@@ -205,8 +203,7 @@ class StellaTrainerMixin:
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's own; then ``RuntimeWarning`` if factors are off the manifold when all callbacks have run."""
         result = super().train(*args, **kwargs)  # type: ignore[misc]
-        state: Any = self.state  # type: ignore[attr-defined]
-        _warn_if_off(self.model, state.global_step, "after training")  # type: ignore[attr-defined]
+        _warn_if_off(self.model, "after training")  # type: ignore[attr-defined]
         return result
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -215,10 +212,10 @@ class StellaTrainerMixin:
         Raises:
             ValueError: factors of a model saved by the caller are off the manifold; nothing was written.
         """
-        model, steps = self.model, self.state.global_step  # type: ignore[attr-defined]
+        model: nn.Module = self.model  # type: ignore[attr-defined]
         if _internal_call:
-            _warn_if_off(model, steps, "in the checkpoint that is being written")
-        elif (fault := _off_after_training(model, steps)) is not None:
+            _warn_if_off(model, "in the checkpoint that is being written")
+        elif (fault := _off_after_training(model)) is not None:
             raise ValueError(f"model: {fault}. Or model.save_pretrained(...) writes it as it is; nothing was saved.")
         super().save_model(output_dir, _internal_call)  # type: ignore[misc]
 
@@ -262,11 +259,11 @@ class StellaCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the optimizer as it was found. ``RuntimeWarning`` if factors are off the manifold."""
         self._detach()
-        _warn_if_off(kwargs["model"], state.global_step, "after training")
+        _warn_if_off(kwargs["model"], "after training")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """``RuntimeWarning`` if factors are off the manifold in the checkpoint that was just written."""
-        _warn_if_off(kwargs["model"], state.global_step, "in the checkpoint that was just written")
+        _warn_if_off(kwargs["model"], "in the checkpoint that was just written")
 
     def _detach(self) -> None:
         if self.attachment is not None:

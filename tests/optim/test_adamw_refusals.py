@@ -110,8 +110,9 @@ def test_what_no_version_counter_shows_stops_its_factor_alone(where: str, skip_n
     before = model.first.Vt.detach().clone()
     for p in model.parameters():
         p.grad = torch.randn_like(p)
-    message = "the value of first.Vt holds NaN" if where == "value" else "it overflowed"
-    with pytest.raises(NonFiniteError, match=rf"not taken for first\.Vt, since {message}") as caught:
+    value = r"the value of first\.Vt holds NaN .* was not taken for first\.Vt"
+    message = value if where == "value" else r"not taken for first\.Vt, since it overflowed"
+    with pytest.raises(NonFiniteError, match=message) as caught:
         optimizer.step()
     assert caught.value.names == ("first.Vt",)
     assert torch.equal(model.first.Vt.nan_to_num(), before.nan_to_num())

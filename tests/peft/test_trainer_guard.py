@@ -198,3 +198,58 @@ def test_the_twin_of_a_run_is_left_alone(tmp_path: Path) -> None:
     StellaTrainer(model=second_model, args=args, train_dataset=first.train_dataset).train()
     for a, b in zip(stiefel_factors(first.model), stiefel_factors(second_model), strict=True):
         assert torch.equal(a.parameter, b.parameter)
+
+
+def two_adapters() -> tuple[Any, Callable[[], None]]:
+    config: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "up_proj"]}
+    model: Any = get_peft_model(llama(), StellaConfig(**config))
+    model.add_adapter("b", StellaConfig(**config))
+    ids = torch.arange(12).reshape(2, 6)
+    return model, lambda: model(input_ids=ids, labels=ids).loss.backward()
+
+
+def optimizer_of(kind: str, model: Any, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    if kind == "fused":
+        return StellaAdamW(parameters, factors=model, weight_decay=0.0, lr=1e-2, grad_scaling=False)
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, lr=1e-2)
+    attach_adapter(optimizer, model)
+    return optimizer
+
+
+@pytest.mark.parametrize("kind", ["attach", "fused"])
+@pytest.mark.parametrize("stale", [False, True])
+def test_adapters_of_one_optimizer_take_turns(kind: str, stale: bool) -> None:
+    model, backward = two_adapters()
+    if stale:
+        model.set_adapter("b")
+        backward()
+        model.set_adapter("default")
+    optimizer = optimizer_of(kind, model, [p for n, p in model.named_parameters() if "stella_" in n])
+    for step in range(6):
+        if step == 3:
+            model.set_adapter("b")
+        if step:
+            optimizer.zero_grad(set_to_none=not stale)
+        backward()
+        optimizer.step()
+    for name in ("default", "b"):
+        model.set_adapter(name)
+        assert orthonormality(model) < ON_MANIFOLD
+
+
+@pytest.mark.parametrize("kind", ["attach", "fused"])
+@pytest.mark.parametrize("to_none", [False, True])
+def test_an_adapter_that_the_optimizer_was_not_told_of_is_an_error(kind: str, to_none: bool) -> None:
+    model, backward = two_adapters()
+    optimizer = optimizer_of(kind, model, [p for p in model.parameters() if p.requires_grad])
+
+    def steps() -> None:
+        for _ in range(2):
+            optimizer.zero_grad(set_to_none=to_none)
+            backward()
+            optimizer.step()
+
+    steps()
+    model.set_adapter("b")
+    with pytest.raises(ValueError, match=r"optimizer: it does not hold .*stella_U\.b\.weight.* never move"):
+        steps()

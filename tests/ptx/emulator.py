@@ -17,7 +17,7 @@ from tests.ptx import driver
 
 T = TypeVar("T")
 
-# As in emulator/block.h.
+# As in csrc/emulator/block.h.
 NOISE, TRUNCATE, RACES = 1, 2, 4
 EVERYTHING = NOISE | TRUNCATE | RACES
 

@@ -95,6 +95,10 @@ def floats() -> Iterator[Row]:
     yield Row("abs.ftz.f32", "f32", ("f32",), of.flushing(np.abs))
     yield Row("min.NaN.f32", "f32", ("f32", "f32"), of.extreme(least=True, nan=True))
     yield Row("max.NaN.f32", "f32", ("f32", "f32"), of.extreme(least=False, nan=True))
+    for name, least, nan in (("min", True, ""), ("max", False, ""), ("min", True, ".NaN"), ("max", False, ".NaN")):
+        two = of.extreme(least, bool(nan))
+        three = lambda a, b, c, two=two: two(two(a, b), c)  # noqa: E731
+        yield Row(f"{name}{nan}.f32(3)", "f32", ("f32", "f32", "f32"), three)
     for name, define, count in (
         ("add", np.add, 2),
         ("sub", np.subtract, 2),

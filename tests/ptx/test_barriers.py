@@ -11,7 +11,10 @@ from tests.ptx.calls import CALLS
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("operator", CALLS)
+SLOW = ("project_retract_", "stella_adamw_")  # to compile
+
+
+@pytest.mark.parametrize("operator", [pytest.param(c, marks=[pytest.mark.slow] * (c in SLOW)) for c in CALLS])
 def test_each_barrier_removed(operator: str) -> None:
     with emulator.unkind(emulator.RACES):  # no noise: the same bits in every order of warps
         wanted, launches = emulator.observed(CALLS[operator])

@@ -80,7 +80,9 @@ def text_of(row: Row, guarded: bool) -> tuple[str, str]:
     last = len(row.operands)
     body.append(f"mov.{'pred' if row.result == 'pred' else REGISTERS[width(row.result)]} %v{last}, 0;")
     body += ["and.b32 %w, %l, 1;", "setp.eq.u32 %odd, %w, 1;"]
-    body.append(f"{'@%odd ' if guarded else ''}{row.opcode} %v{last}, {', '.join(f'%v{j}' for j in range(last))};")
+    body.append(
+        f"{'@%odd ' if guarded else ''}{row.opcode.split('(')[0]} %v{last}, {', '.join(f'%v{j}' for j in range(last))};"
+    )
     if row.result == "pred":
         body += [f"selp.b32 %w, 1, 0, %v{last};", "st.global.b32 [%at], %w;"]
     else:

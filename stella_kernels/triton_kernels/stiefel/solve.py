@@ -182,6 +182,7 @@ def solve_kernel(
                 )
                 write_info(info, factor, status, stored_residual(error, n, r, ELEMENT, tl.float64), steps, 1, drift)
         else:  # its row of info is that of the couplings
+            tl.debug_barrier()  # every warp has read the state
             tl.store(state + factor, _LEAVE)
 
 

@@ -1,0 +1,47 @@
+"""The operators of a GPU on CPU tensors, their launches doing nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import warnings
+from pathlib import Path
+
+import torch
+
+
+def build() -> Path:
+    """The stub of the driver, made by CMake where it is not there yet; the folder of tests/ptx's libraries."""
+    folder = Path(os.environ.get("STELLA_PTX_LIBRARIES", ".cache/ptx/stub-build")).absolute()
+    if not (folder / "stub" / "libcuda.so.1").exists():
+        made = Path(__file__).parents[2]
+        configure = ["cmake", "-S", str(made), "-B", str(folder), "-D", "STELLA_KERNELS_PTX=ON"]
+        include = f"-DSTELLA_KERNELS_TORCH={torch.__path__[0]}"
+        subprocess.run([*configure, include], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(["cmake", "--build", str(folder), "--target", "ptx_stub"], check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+def install() -> None:
+    """From now on the CPU's operators are Triton's, and launch on the stub. For a process of its own."""
+    os.environ["STELLA_PTX_LIBRARIES"] = str(build())
+    os.environ["STELLA_KERNELS_AUTOTUNE"] = "0"  # there is nothing to time
+    from tests.ptx import driver
+
+    driver.install(driver.STUB)
+
+    from stella_kernels.operators import autograd
+    from stella_kernels.triton_kernels.registration import operators
+    from stella_kernels.triton_kernels.stiefel import launches
+
+    def info_of_nothing(table: launches.Table) -> torch.Tensor:
+        return torch.zeros(table.factors, launches.INFO_COLUMNS, dtype=torch.float64)
+
+    launches._new_info = info_of_nothing  # the optimizer reads it: every factor was retracted
+    autograd._adapter_goes_first = lambda x, W: False  # what a GPU is asked
+    global _library
+    _library = torch.library.Library("stella_kernels", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the CPU's own are replaced, on purpose
+        for name, operator in operators().items():
+            _library.impl(name, operator, "CPU", allow_override=True)
