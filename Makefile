@@ -3,6 +3,7 @@
 #   make demo     fine-tune a real language model with StelLA and see what the native geometry gained
 #   make test     the full test suite
 #   make bench    the retraction and the optimizer step against torch's ways, the adapter against LoRA, at real models' shapes
+#   make gpu      everything about a GPU that is here, in 8 minutes, into one folder; nothing is installed
 #   make test-ptx the GPU kernels as they are compiled, in an emulator: the whole table, for each Triton and architecture
 #   make test-arm the CPU kernels compiled for 64-bit ARM, on an emulated processor
 #   make sanitize the CPU kernels under sanitizers of memory, undefined behaviour and threads: tests and random calls
@@ -19,6 +20,9 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+GPU_ARGS ?=
+# Not empty: every stage of `make gpu` on the CPU at toy sizes.
+REHEARSE ?=
 
 # The oldest supported PEFT (stella_kernels/peft/registration.py) and the torchao of its time, names of which it imports
 # wherever a torchao is there: the PEFT tests run on them too, from a folder of their own in front of the environment.
@@ -65,7 +69,7 @@ BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml csrc/cpu/torch/generate_s
   stella_kernels/operators/signatures.py $(NATIVE_SOURCES)
 
 .PHONY: env build test test-oldest-peft test-oldest-triton test-arm test-ptx test-ptx-slice sanitize sanitize-slice \
-  demo bench docs lint format clean
+  demo bench gpu docs lint format clean
 
 env: $(VENV)/env.stamp
 build: $(VENV)/build.stamp
@@ -181,6 +185,10 @@ $(REVIEWS): $(VENV)/env.stamp
 
 bench: build
 	$(BIN)/python -m bench $(BENCH_ARGS)
+
+# With whatever torch and Triton this Python has: on a GPU's machine nothing is built and nothing is fetched.
+gpu: $(if $(REHEARSE),build)
+	$(if $(REHEARSE),$(BIN)/python,$(PYTHON)) -m bench gpu $(if $(REHEARSE),--rehearse) $(GPU_ARGS)
 
 # Of the installed package's docstrings; a warning is an error.
 docs: build

@@ -1,8 +1,9 @@
 """``python -m bench``: the polar factor at real models' shapes, the optimizer step of a Llama-3-8B, and the adapter.
 
-``python -m bench polar``, ``step`` or ``adapter`` runs one of the three, ``--device cuda`` on a GPU. Without a GPU,
-``python -m bench traffic`` counts what a step moves there, and ``host`` measures what its host takes. Tables on the
-terminal, JSON and plots in ``--output``; exits with 1 where a promise was missed; none is made of a GPU's times.
+``python -m bench polar``, ``step`` or ``adapter`` runs one of the three, ``--device cuda`` on a GPU; ``python -m bench
+gpu`` is all that a person with a GPU can find out in some minutes, with options of its own. Without a GPU, ``python -m
+bench traffic`` counts what a step moves there, and ``host`` measures what its host takes. Tables on the terminal, JSON
+and plots in ``--output``; exits with 1 where a promise was missed; none is made of a GPU's times.
 """
 
 from __future__ import annotations
@@ -138,9 +139,13 @@ def _host(output: Path, seconds: float) -> int:
 
 def main() -> int:
     """Print the tables, write JSON and plots; 1 where a promise was missed."""
+    if sys.argv[1:2] == ["gpu"]:  # which has options of its own
+        from bench.gpu.run import main as gpu
+
+        return gpu(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
-        "what", nargs="?", choices=("all", "polar", "step", "adapter", "traffic", "host"), default="all"
+        "what", nargs="?", choices=("all", "polar", "step", "adapter", "traffic", "host", "gpu"), default="all"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:INDEX (traffic is counted on the CPU)")
     parser.add_argument("--output", type=Path, default=Path("bench/results"), help="folder of the JSON and the plots")

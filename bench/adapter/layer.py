@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from bench.adapter.lora import lora
 from bench.common.device import CPU, as_trained
 from bench.common.timing import (
     Machine,
@@ -101,16 +101,9 @@ class Published(nn.Module):
         return result.to(x.dtype)
 
 
-def _lora(base: nn.Linear, r: int, dropout: float) -> nn.Module:
-    model = get_peft_model(
-        nn.Sequential(base), LoraConfig(r=r, lora_alpha=r, lora_dropout=dropout, target_modules=["0"])
-    )
-    return model.base_model.model[0]
-
-
 LAYERS: dict[str, Callable[[nn.Linear, int, float], nn.Module]] = {
     "base": lambda base, r, dropout: base,
-    "lora": _lora,
+    "lora": lora,
     "published": Published,
     "ours": lambda base, r, dropout: StellaLinear(base, r=r, dropout=dropout),
 }

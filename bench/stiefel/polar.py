@@ -84,6 +84,8 @@ def measure(case: Case, machine: Machine, seconds: float, device: torch.device =
         "qr": lambda: compositions.qr(M),
         **{name: (lambda run=run: run(M)) for name, run in compositions.POLAR.items()},
     }
+    if (torchs := getattr(torch.linalg, "polar", None)) is not None:  # since torch 2.14
+        candidates["linalg_polar"] = lambda: torchs(M)
     few = M[:ERROR_MATRICES]
     exact = compositions.svd(few.double().cpu())
     return Row(

@@ -29,7 +29,7 @@ ROOMS: dict[str, list[tuple[str, ...]]] = {
         ("__main__",),
         ("",),  # the public names
     ],
-    "bench": [("common",), ("stiefel",), ("adapter",), ("traffic", "host"), ("__main__", "")],
+    "bench": [("common",), ("stiefel",), ("adapter",), ("traffic", "host"), ("gpu",), ("__main__", "")],
 }
 
 

@@ -1,0 +1,51 @@
+"""LoRA to compare with: PEFT's where it can be imported, else the same in three lines of torch."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def peft_why_not() -> str:
+    """Why PEFT cannot be used, or nothing where it can."""
+    try:
+        import peft  # noqa: F401
+    except Exception as error:  # absent, or unfit for what else is installed
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def lora_is() -> str:
+    """What a table says its LoRA is."""
+    why_not = peft_why_not()
+    if why_not:
+        return f"three lines of torch, since PEFT cannot be imported ({why_not})"
+    import peft
+
+    return f"PEFT {peft.__version__}'s"
+
+
+class PlainLora(nn.Module):
+    """``base(x) + s B A dropout(x)``, with float32 factors as PEFT keeps them."""
+
+    def __init__(self, base: nn.Linear, r: int, dropout: float) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        device = base.weight.device
+        self.A = nn.Linear(base.in_features, r, bias=False, device=device)
+        self.B = nn.Linear(r, base.out_features, bias=False, device=device)
+        self.dropout = nn.Dropout(dropout) if dropout > 0.0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.base(x)
+        result = result + self.B(self.A(self.dropout(x.to(self.A.weight.dtype))))
+        return result.to(x.dtype)
+
+
+def lora(base: nn.Linear, r: int, dropout: float) -> nn.Module:
+    """The layer with LoRA around its frozen ``base``, at scale 1."""
+    if peft_why_not():
+        return PlainLora(base, r, dropout)
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(r=r, lora_alpha=r, lora_dropout=dropout, target_modules=["0"])
+    return get_peft_model(nn.Sequential(base), settings).base_model.model[0]
