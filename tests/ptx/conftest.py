@@ -7,7 +7,7 @@ import os
 import pytest
 
 if "STELLA_PTX_LIBRARIES" not in os.environ:
-    collect_ignore_glob = ["test_*.py"]
+    collect_ignore_glob = ["test_*.py", "*/test_*.py"]
 
 
 def pytest_report_header() -> str:

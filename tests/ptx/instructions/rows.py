@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tests.ptx import definitions as of
-from tests.ptx.definitions import TYPES, Row
+from tests.ptx.instructions import definitions as of
+from tests.ptx.instructions.definitions import TYPES, Row
 
 
 def integers() -> Iterator[Row]:

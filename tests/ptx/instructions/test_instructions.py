@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.ptx import emulator
-from tests.ptx.definitions import TYPES, Array, Row
-from tests.ptx.rows import ROWS
+from tests.ptx.instructions.definitions import TYPES, Array, Row
+from tests.ptx.instructions.rows import ROWS
 
 LANES, ROUNDS = 32, 8
 REGISTERS = {1: "b16", 2: "b16", 4: "b32", 8: "b64"}
