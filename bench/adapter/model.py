@@ -145,7 +145,7 @@ def _measure_peak_bytes(name: str, dropout: float, device: torch.device) -> int:
     if device.type == "cuda":  # of which torch counts what it hands out
         return peak_bytes_of_step(name, dropout, device)
     command = [sys.executable, "-m", "bench.adapter.model", name, str(dropout)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     return int(done.stdout.splitlines()[-1])
 
 

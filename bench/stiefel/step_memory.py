@@ -44,7 +44,7 @@ def measure_extra_bytes(name: str, layers: int, r: int, device: torch.device) ->
     if device.type == "cuda":  # of which torch counts what it hands out
         return extra_bytes(name, layers, r, device)
     command = [sys.executable, "-m", "bench.stiefel.step_memory", name, str(layers), str(r)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     return int(done.stdout)
 
 
