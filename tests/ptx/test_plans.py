@@ -98,6 +98,23 @@ def test_what_a_known_kind_writes_is_still_its_own(planned: dict[str, Any]) -> N
         square[3] = square[2]
 
 
+def test_a_profiler_sees_every_launch(planned: dict[str, Any]) -> None:
+    import triton
+
+    for _ in range(2):
+        planned["adapter_forward_"](*_calls(torch.float32, 0.0)["adapter_forward_"])
+    seen: list[object] = []
+    hook = triton.knobs.runtime.launch_enter_hook
+    hook.add(seen.append)
+    try:
+        planned["adapter_forward_"](*_calls(torch.float32, 0.0)["adapter_forward_"])
+    finally:
+        hook.remove(seen.append)
+    assert len(seen) == len(next(iter(planned["adapter_forward_"]._plans.values())).launches)
+    planned["adapter_forward_"](*_calls(torch.float32, 0.0)["adapter_forward_"])
+    assert len(seen) == len(next(iter(planned["adapter_forward_"]._plans.values())).launches)
+
+
 def test_threads_do_not_mix_their_plans(planned: dict[str, Any]) -> None:
     failures: list[str] = []
 

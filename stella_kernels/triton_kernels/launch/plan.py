@@ -5,7 +5,8 @@ one piece of scratch are allocated, addresses are put in their places, and compi
 all that a launch depends on: shapes, strides and dtypes of the tensors, which of them are aligned to 16 bytes (Triton
 specialises on that), the other arguments, the device, and whether torch is to be deterministic.
 
-Where Triton's launch hooks are set, for a profiler, every call goes the long way.
+Where Triton's launch hooks are set, for a profiler, every call goes the long way. Its knobs for debugging are those of
+a kind's first call.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ class Planned:
         assert not any(kind == "list[Tensor]" for kind in types.values())
 
     def __call__(self, *arguments: Any) -> Any:
-        if target_backend() == "interpreter":  # nothing is launched
+        # Interpreted, nothing is launched; inside another operator, its launches are that one's.
+        if target_backend() == "interpreter" or getattr(_state, "recorder", None) is not None:
             return self._implementation(self._signature(*arguments))
         device = -1
         addresses: list[int] = []
@@ -129,7 +131,7 @@ class Planned:
         kind.append(torch.are_deterministic_algorithms_enabled())
         key = tuple(kind)
         plan = self._plans.get(key)
-        if plan is not None and self._apart(plan, addresses) and not triton.knobs.runtime.launch_enter_hook.calls:
+        if plan is not None and self._apart(plan, addresses) and not _hooks():
             if device < 0 or device == torch.cuda.current_device():
                 return _replayed(plan, addresses)
             with torch.cuda.device(device):
@@ -164,6 +166,11 @@ class Planned:
             self._plans.clear()
         self._plans[key] = _plan_of(recorder, tensors, addresses, result)
         return result
+
+
+def _hooks() -> bool:
+    runtime = triton.knobs.runtime
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
 def _plan_of(recorder: _Recorder, tensors: list[Tensor | None], addresses: list[int], result: Any) -> _Plan | None:
