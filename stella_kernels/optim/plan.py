@@ -28,7 +28,7 @@ class Slot:
         self.factor = factor
         self.parameter = factor.parameter
         self.group = 0
-        self.view = factor.view  # (n, r), the parameter's own memory
+        self.view, self.strides = factor.view, factor.parameter.stride()  # (n, r), the parameter's own memory
         self.divisor = stiefel.gradient_scaling_divisor(self.view.shape[0], hidden_size)
         self.state: dict[str, Any] = {}
         self.fresh = False
@@ -41,9 +41,9 @@ class Slot:
 
         Views are asked where they point to: storage may have been freed under them, and its address given out again.
         """
-        moved = self.parameter.data_ptr() != self.view.data_ptr()
+        moved = self.parameter.data_ptr() != self.view.data_ptr() or self.parameter.stride() != self.strides
         if moved:
-            self.view = self.factor.view
+            self.view, self.strides = self.factor.view, self.parameter.stride()
         self.fresh = not state
         if not state:
             scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32  # as torch does

@@ -52,16 +52,28 @@ class Family:
             return [f for f in self._told if frozen or f.parameter.requires_grad]
         return list(found.values())
 
-    def places(self, parameters: Sequence[Tensor]) -> list[tuple[dict[str, Any], str, Tensor]]:
-        """Where modules keep these: the dictionary, the key, the parameter; nothing of one that no module has."""
-        wanted = {id(p): p for p in parameters}
-        found: dict[int, tuple[dict[str, Any], str, Tensor]] = {}
+    def places(self, parameters: Sequence[Tensor]) -> list[tuple[dict[str, Any], str, object]]:
+        """Where modules keep these, and parents the modules on the way there: dictionary, key, what is kept."""
+        wanted = {id(p) for p in parameters}
+        found: list[tuple[dict[str, Any], str, object]] = []
+        known: dict[int, bool] = {}  # by module, whether it leads to one of them
+
+        def leads(module: nn.Module) -> bool:
+            if id(module) not in known:
+                known[id(module)] = False
+                own, children = module._parameters, module._modules
+                kept: list[tuple[dict[str, Any], str, object]]
+                kept = [(own, key, p) for key, p in own.items() if id(p) in wanted]
+                kept += [
+                    (children, key, child) for key, child in children.items() if child is not None and leads(child)
+                ]
+                found.extend(kept)
+                known[id(module)] = bool(kept)
+            return known[id(module)]
+
         for _, root in self._roots():
-            for module in root.modules():
-                for key, p in module._parameters.items():
-                    if id(p) in wanted:
-                        found.setdefault(id(p), (module._parameters, key, wanted[id(p)]))
-        return list(found.values())
+            leads(root)
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_modules": [], "_told": self.members()}
@@ -105,8 +117,8 @@ class Roster:
         if family.is_blind:  # what comes later cannot be looked up
             members = {id(f.parameter) for f in family.members()}
             self._free = {i: p for i, p in self._held().items() if i not in members}
-        # dictionaries of modules, keys, and the factors kept there: one comparison in C for all of them
-        self._places: tuple[list[dict[str, Any]], list[str], list[Tensor]] = ([], [], [])
+        # dictionaries of modules, keys, and what is kept there: one comparison in C for all of them
+        self._places: tuple[list[dict[str, Any]], list[str], list[Any]] = ([], [], [])
         self._moved = False  # whether a factor ever had a gradient
         self._warned: set[str] = set()
         self._idle = self._steps = self._most = 0
@@ -237,9 +249,10 @@ class Roster:
 
     def _refuse_replaced(self, missing: Sequence[StiefelFactor], held: dict[int, Tensor]) -> None:
         """Where the model has another parameter by the same name, or sharded ones, that is not ``held``, say so."""
-        live = {f.name: f.parameter for f in self.family.members()}
-        live = {name: p for name, p in live.items() if id(p) not in held}
-        replaced = [f for f in missing if f.name in live and live[f.name] is not f.parameter]
+        members = self.family.members()
+        present = {id(f.parameter) for f in members}  # by another name perhaps, where a layer was put in front
+        live = {f.name: f.parameter for f in members if id(f.parameter) not in held}
+        replaced = [f for f in missing if f.name in live and id(f.parameter) not in present]
         if replaced:
             now = live[replaced[0].name]
             raise ValueError(

@@ -276,3 +276,17 @@ def test_columns_that_are_dependent_have_no_nearest_point() -> None:
         warnings.simplefilter("error")
         retract(model)
     assert len(stiefel_factors(model)) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_strides_at_the_same_address_are_another_value(kind: str) -> None:
+    """The memory is untouched and its version counter too: only what the factor is seen as has changed."""
+    model, optimizer = layer_and_optimizer(kind)
+    for _ in range(2):
+        backward(model, optimizer)
+        optimizer.step()
+    factor = model[0].U
+    factor.data = factor.data.as_strided((24, 4), (1, 24))
+    backward(model, optimizer)
+    with pytest.raises(OffManifoldError, match=r"U"):
+        optimizer.step()
