@@ -235,7 +235,7 @@ class StellaAdamW(AdamW):
         active = [slot for slot in self._slots if slot.parameter.grad is not None]
         self._roster.check_moving(self._factors, len(active))
         # a write to .data can be brought back before the step only where every factor is measured
-        self._guard.before_step(every=self._guard.policy == "retract")
+        self._guard.before_step(self._guard.policy == "retract", self._roster.family.members)
         if self.skip_nonfinite:
             if causes := reasons_to_skip(self._slots, active, free):
                 targets.refuse_values(self._factors, "Nothing was changed by this step")

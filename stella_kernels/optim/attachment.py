@@ -197,7 +197,7 @@ class Attachment:
     def _look(self, optimizer: Optimizer) -> None:
         """What can be asked before there are gradients."""
         targets.check_no_weight_decay(optimizer, self._constrained)
-        self._guard.before_step(every=self._quotient is not None)
+        self._guard.before_step(self._quotient is not None, self._roster.family.members)
 
     def _plan(self, optimizer: Optimizer, alone: bool) -> tuple[list[int], dict[int, Tensor]]:
         """The factors that this step moves and their gradients (n, r), once nothing speaks against it."""

@@ -13,14 +13,14 @@ retraction (docs/design.md 3.8), and it is had in two ways:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import OffManifoldError, check_choice
-from ..nn import StiefelFactor, orthonormality_tolerance
+from ..nn import StiefelFactor, lost_masters, orthonormality_tolerance
 from ..reference import stiefel
 from . import targets
 from .memory import has_memory
@@ -82,8 +82,10 @@ class Guard:
         """Whether it is farther from its manifold than the last step left it; measured."""
         return not distance(factor) <= self._marks[id(factor.parameter)].allowed
 
-    def before_step(self, every: bool = False) -> None:
+    def before_step(self, every: bool = False, members: Callable[[], Iterable[StiefelFactor]] = list) -> None:
         """Measure what was touched, or all; nothing else has happened yet.
+
+        ``members`` are the model's factors as it has them now: ``model.to(dtype)`` changes what it promises of them.
 
         Raises:
             OffManifoldError, NonFiniteError: a factor is off its manifold; under 'retract' only where it cannot be
@@ -111,7 +113,9 @@ class Guard:
         for factor in touched:
             slack = self._marks[id(factor.parameter)].slack = _round_off(factor)  # of another dtype perhaps
             self._allowed_to_all = min(self._allowed_to_all, slack)
-        targets.check_masters(touched)
+        if lost_masters(touched):
+            promised = {id(f.parameter): f.master for f in members()}
+            targets.check_masters([replace(f, master=promised.get(id(f.parameter), f.master)) for f in touched])
         self.judge(touched, [distance(f) for f in touched], "Nothing was changed by this step")
         self.settle(touched)
 

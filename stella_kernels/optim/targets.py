@@ -106,9 +106,17 @@ def check_shapes(factors: Sequence[StiefelFactor]) -> None:
 
 
 def non_finite(tensors: Sequence[Tensor]) -> list[int]:
-    """Places of those that hold NaN or an infinity; few operations where none does."""
+    """Places of those that hold NaN or an infinity; few operations where none does.
+
+    Raises ``RuntimeError`` for one whose storage was freed.
+    """
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, tensor in enumerate(tensors):
+        if tensor.data_ptr() == 0 and tensor.numel():  # to read it would end the process
+            raise RuntimeError(
+                f"optimizer.step(): found a gradient or a value of {tuple(tensor.shape)} whose storage was freed, "
+                "wanted it in memory; bring back what was offloaded before the step."
+            )
         kinds.setdefault((tensor.device, tensor.dtype), []).append(i)
     found: list[int] = []
     for places in kinds.values():

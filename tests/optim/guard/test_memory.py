@@ -290,3 +290,28 @@ def test_other_strides_at_the_same_address_are_another_value(kind: str) -> None:
     backward(model, optimizer)
     with pytest.raises(OffManifoldError, match=r"U"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_of_a_core_without_storage_is_named(kind: str) -> None:
+    model, optimizer = layer_and_optimizer(kind)
+    backward(model, optimizer)
+    before = values(model)
+    model[0].S.grad.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"of \(4, 4\) whose storage was freed"):
+        optimizer.step()
+    assert identical(values(model), before)
+
+
+def test_a_cast_of_the_model_between_steps_is_a_choice() -> None:
+    """``model.to(dtype)`` changes what the layers promise; a cast of ``.data`` breaks it."""
+    model = nn.Sequential(StellaLinear(nn.Linear(24, 24), r=4))
+    optimizer = SGD(trained(model), lr=1e-3)
+    attach(optimizer, model, grad_scaling=False)
+    for step in range(4):
+        if step == 2:
+            model.to(torch.bfloat16)
+        optimizer.zero_grad()
+        model(torch.ones(2, 24, dtype=model[0].U.dtype)).square().mean().backward()
+        optimizer.step()
+    assert model[0].U.dtype == torch.bfloat16
