@@ -18,7 +18,7 @@ from . import targets
 from .coupling import Couplings
 from .guard import Guard
 from .interruption import uninterrupted
-from .plan import LR, STEP, Plan, Slot, check_state_dict, groups_of, reasons_to_skip, refuse_options, step_free
+from .plan import LR, STEP, Plan, Slot, check_state_dict, groups_of, reasons_to_skip, refuse_options, settled, step_free
 from .roster import Family, Roster
 
 
@@ -282,12 +282,13 @@ class StellaAdamW(AdamW):
 
     def _step_factors(self, active: list[Slot]) -> OffManifoldError | None:
         """The error to raise when the step is over, where a factor had been moved by something else."""
-        state = self.state
-        for slot in active:
-            if slot.follow(state.get(slot.parameter)):
-                self._plan = None
+        states = [*map(self.state.get, [slot.parameter for slot in active])]
+        if not settled(active, states):
+            for slot, state in zip(active, states, strict=True):
+                if slot.follow(state):
+                    self._plan = None
         plan = self._planned(active)
-        gradients = [slot.gradient() for slot in active]
+        gradients = plan.gradients()
         if len(plan.calls) > 1:
             # one call writes nothing when it finds a NaN; several have to be checked beforehand
             self._refuse_gradients([s for s, g in zip(active, gradients, strict=True) if not bool(g.isfinite().all())])

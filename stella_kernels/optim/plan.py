@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from .memory import has_memory
 
 # Columns of the operator's hyperparameters that are written at every step.
 LR, STEP = 0, 4
+
+_address = Tensor.data_ptr
+_shape, _dtype, _device, _layout = map(attrgetter, ("shape", "dtype", "device", "layout"))
 
 
 class Slot:
@@ -90,6 +94,27 @@ class Slot:
         return moment.mT if self.factor.transposed else moment
 
 
+def settled(active: list[Slot], states: list[Any]) -> bool:
+    """Whether there is nothing to ``follow`` in any of these: asked of all at once, as at nearly every step."""
+    if not all(states) or any(slot.fresh for slot in active):
+        return False
+    moments, squares = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
+    views, parameters = [slot.view for slot in active], [slot.parameter for slot in active]
+    first, second = [*map(_address, moments)], [*map(_address, squares)]
+    return (
+        all(map(is_, states, [slot.state for slot in active]))
+        and all(map(is_, [state["step"] for state in states], [slot.step for slot in active]))
+        and all(map(is_, moments, [slot.exp_avg for slot in active]))
+        and all(map(is_, squares, [slot.exp_avg_sq for slot in active]))
+        and [*map(_address, parameters)] == [*map(_address, views)]
+        and [*map(Tensor.stride, parameters)] == [slot.strides for slot in active]
+        and first == [*map(_address, [slot.exp_avg_view for slot in active])]
+        and second == [*map(_address, [slot.exp_avg_sq_view for slot in active])]
+        and all(first)
+        and all(second)
+    )
+
+
 class Call:
     """One operator call: places in the list of active factors, and their hyperparameters (k, 7)."""
 
@@ -117,6 +142,24 @@ class Plan:
                 beta1, beta2, eps, sign = constants[groups[i]]
                 rows.append([0.0, beta1, beta2, eps, 0.0, active[i].divisor, sign])
             self.calls.append(Call(positions, rows, active[positions[0]].view.new_empty(0)))
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients as (n, r): what is usual is asked of all factors at once, of each only where it is not."""
+        parameters: list[Any] = [slot.parameter for slot in self.active]
+        gradients: list[Any] = [p.grad for p in parameters]
+        usual = (
+            not torch.compiler.is_compiling()
+            and {*map(_layout, gradients)} == {torch.strided}
+            and [*map(_shape, gradients)] == [*map(_shape, parameters)]
+            and [*map(_dtype, gradients)] == [*map(_dtype, parameters)]
+            and [*map(_device, gradients)] == [*map(_device, parameters)]
+            and all(map(Tensor.is_contiguous, gradients))
+            and all(map(_address, gradients))
+            and not any(map(Tensor.is_neg, gradients))
+        )
+        if not usual:
+            return [slot.gradient() for slot in self.active]
+        return [g.mT if slot.factor.transposed else g for slot, g in zip(self.active, gradients, strict=True)]
 
 
 def groups_of(model: nn.Module, factors: Sequence[StiefelFactor]) -> list[dict[str, Any]]:
