@@ -62,7 +62,7 @@ def adapted_output(
         owned: what the base returns is nobody else's and may be overwritten; else it is copied.
     """
     m, n = terms[0][0].shape[0], terms[0][2].shape[1]
-    first, *rest = _joined(terms, min(m, n))
+    first, *rest = terms if len(terms) == 1 else _joined(terms, min(m, n))
     plain = None if args or kwargs else _plain_linear(base)
     if plain is not None:
         y = functional.stella_linear(x, plain.weight, plain.bias, *first, recompute=recompute)

@@ -49,7 +49,7 @@ class _Launch:
 @dataclass(slots=True)
 class _Plan:
     launches: list[_Launch]
-    results: list[tuple[torch.Size, torch.dtype]]
+    results: list[tuple[torch.Size, tuple[int, ...], torch.dtype]]  # shape, strides
     scratch: int  # bytes
     single: bool  # whether the operator returns a tensor or several
     extents: list[int]  # bytes from the first to past the last of each tensor argument
@@ -207,18 +207,19 @@ def _plan_of(recorder: _Recorder, tensors: list[Tensor | None], addresses: list[
         x, y, z, *_ = (*grid, 1, 1)
         launches.append(_Launch(compiled.run, (x, y, z), compiled.function, compiled.packed_metadata, values, places))
     extents = [extent(t) * t.element_size() if t is not None and t.numel() else 0 for t in tensors]
-    kinds = [(each.shape, each.dtype) for each in results]
+    kinds = [(each.shape, each.stride(), each.dtype) for each in results]
     return _Plan(launches, kinds, total, isinstance(result, Tensor), extents, results[0].device)
 
 
 def _replayed(plan: _Plan, addresses: list[int]) -> Any:
     """The launches of a plan with these addresses on the current device, and its results."""
     device = plan.device
-    results = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in plan.results]
+    # half the time of torch.empty
+    results = [torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride, dtype in plan.results]
     made = [result.data_ptr() for result in results]
     base = 0
     if plan.scratch:
-        memory = torch.empty(plan.scratch, dtype=torch.uint8, device=device)
+        memory = torch.empty_strided((plan.scratch,), (1,), dtype=torch.uint8, device=device)
         base = memory.data_ptr()
     stream = triton.runtime.driver.active.get_current_stream(device.index or 0)
     for step in plan.launches:
