@@ -234,6 +234,7 @@ first = found([[one], [two]])
 assert found([[two], [one]]).items is first.items and found([[one], [one]]).items is not first.items
 assert found([[one], [odd]]).rows[0, table.HEADER + table.FIELDS + 3] == table.GENERAL
 assert found([[one[:, :2]], [two[:, :2]]]).items is not first.items
+assert table.met_before(table.identity_of([[one], [torch.empty(40, 4, device="meta")]])) is None
 
 # a graph's tables outlive the cache, and it takes no settings from the host
 device.capturing = launches.capturing = table.capturing = lambda device: True

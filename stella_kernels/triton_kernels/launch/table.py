@@ -88,8 +88,10 @@ def identity_of(columns: Sequence[Sequence[Tensor]], couplings: Sequence[Tensor]
     """
     every = [*chain.from_iterable(columns), *couplings]
     addresses = (len(columns), *map(Tensor.data_ptr, every))
-    device = every[0].device if every else None
-    return Identity(addresses, (device, *map(_shape, every), *map(Tensor.stride, every), *map(_dtype, every)))
+    return Identity(
+        addresses,
+        (*map(_shape, every), *map(Tensor.stride, every), *map(_dtype, every), *map(Tensor.get_device, every)),
+    )
 
 
 def met_before(identity: Identity, steps: bool = False) -> Table | None:
@@ -154,7 +156,7 @@ def _readdressed(identity: Identity, steps: bool) -> Table | None:
         rows = table.host.clone()
         fields = rows[:, HEADER : HEADER + FIELDS * columns : FIELDS]  # (k, columns)
         aligned = bool(((places.mT ^ fields) & 15 == 0).all())  # else loads have another width
-        if not aligned or _share(places.flatten(), table.extents):
+        if not aligned or not bool(places.all()) or _share(places.flatten(), table.extents):
             continue
         fields.copy_(places.mT)
         table.shared.use()
