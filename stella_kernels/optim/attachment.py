@@ -23,7 +23,7 @@ from .interruption import Postponed
 from .memory import Memory
 from .quotient import Product, QuotientStep
 from .roster import Family, Roster
-from .stiefel_step import check_gradients, gradient_of, refuse_large, refuse_moves, refuse_non_finite, retract_moved
+from .stiefel_step import check_gradients, refuse_large, refuse_moves, refuse_non_finite, retract_moved
 
 # Which attachments an optimizer has; weak on both sides, so that neither is kept alive.
 _attachments: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[Attachment]] = weakref.WeakKeyDictionary()
@@ -218,7 +218,7 @@ class Attachment:
         active = [i for i, f in enumerate(self.factors) if f.parameter.grad is not None]
         self._roster.check_moving(self.factors, len(active))
         self._memory.follow(active)
-        gradients = {i: gradient_of(self.factors[i]) for i in active}
+        gradients = {i: targets.tall_gradient(self.factors[i]) for i in active}
         targets.check_finite_cores([self.factors[i] for i in active], self.factors)
         # one call of the operator writes nothing when it finds a fault; before several, all are looked at
         if self._quotient is not None or not alone or len(self._memory.groups(active)) > 1:

@@ -74,8 +74,7 @@ class Slot:
 
     def gradient(self) -> Tensor:
         """The gradient as (n, r)."""
-        gradient = targets.check_gradient(self.factor.name, self.parameter)
-        return gradient.mT if self.factor.transposed else gradient
+        return targets.tall_gradient(self.factor)
 
     def _tall(self, key: str, state: dict[str, Any]) -> Tensor:
         moment: Tensor = state[key]
@@ -239,15 +238,13 @@ def reasons_to_skip(slots: Sequence[Slot], active: Sequence[Slot], free: Sequenc
     gradients = [gradient for _, gradient in given if gradient is not None]
     bad = {given[i][0] for i in targets.non_finite(gradients)}
     if not bad:
-        bad = {slot.factor.name for slot in active if _too_large(slot.parameter)}
+        largest = targets.peaks([slot.gradient() for slot in active])
+        bad = {slot.factor.name for slot, peak in zip(active, largest, strict=True) if peak > _limit(slot.parameter)}
     return sorted(bad)
 
 
-def _too_large(parameter: Tensor) -> bool:
-    """Whether the square of the Riemannian gradient may overflow in the arithmetic of a step."""
-    gradient = parameter.grad
-    assert gradient is not None
-    dtype = torch.float32 if gradient.dtype in targets.HALF_DTYPES else gradient.dtype
+def _limit(parameter: Tensor) -> float:
+    """The largest |∇| for which the square of the Riemannian gradient stays in range of a step's arithmetic."""
+    dtype = torch.float32 if parameter.dtype in targets.HALF_DTYPES else parameter.dtype
     # |∇ − Y ∇ᵀ Y| ≤ (1 + sqrt(n r)) max |∇|
-    limit = math.sqrt(torch.finfo(dtype).max) / (2.0 + 2.0 * math.sqrt(gradient.numel()))
-    return float(torch.linalg.vector_norm(gradient, math.inf)) > limit
+    return math.sqrt(torch.finfo(dtype).max) / (2.0 + 2.0 * math.sqrt(parameter.numel()))

@@ -17,12 +17,6 @@ from ..reference import stiefel
 from . import targets
 
 
-def gradient_of(factor: StiefelFactor) -> Tensor:
-    """Its gradient as (n, r), which can be rewritten in place."""
-    gradient = targets.check_gradient(factor.name, factor.parameter)
-    return gradient.mT if factor.transposed else gradient
-
-
 def check_gradients(
     factors: Sequence[StiefelFactor], gradients: Mapping[int, Tensor], views: Sequence[Tensor] | None
 ) -> None:
@@ -33,7 +27,7 @@ def check_gradients(
         gradients: (n, r), by index.
         views: the factors (n, r); None to let overflow be.
     """
-    peaks = {i: float(g.abs().amax()) for i, g in gradients.items()}
+    peaks = dict(zip(gradients, targets.peaks([*gradients.values()]), strict=True))
     if bad := [factors[i].name for i, peak in peaks.items() if not peak < math.inf]:
         refuse_non_finite(bad, factors)
     large = []

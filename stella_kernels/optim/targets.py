@@ -126,6 +126,25 @@ def non_finite(tensors: Sequence[Tensor]) -> list[int]:
     return sorted(found)
 
 
+def peaks(tensors: Sequence[Tensor]) -> list[float]:
+    """The largest magnitude of each, NaN of what holds one; the device is waited for once, not for each."""
+    found = [torch.linalg.vector_norm(tensor, math.inf) for tensor in tensors]
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, value in enumerate(found):
+        kinds.setdefault((value.device, value.dtype), []).append(i)
+    largest = [0.0] * len(found)
+    for places in kinds.values():
+        for i, value in zip(places, torch.stack([found[i] for i in places]).tolist(), strict=True):
+            largest[i] = value
+    return largest
+
+
+def tall_gradient(factor: StiefelFactor) -> Tensor:
+    """The gradient of a factor as (n, r), once it is known that it can be rewritten in place."""
+    gradient = check_gradient(factor.name, factor.parameter)
+    return gradient.mT if factor.transposed else gradient
+
+
 def refuse_values(factors: Sequence[StiefelFactor], state: str) -> None:
     """Raise ``NonFiniteError`` for factors, and S beside them, whose own value holds NaN or an infinity.
 
