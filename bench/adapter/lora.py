@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -25,14 +26,15 @@ def lora_is() -> str:
 
 
 class PlainLora(nn.Module):
-    """``base(x) + s B A dropout(x)``, with float32 factors as PEFT keeps them."""
+    """``base(x) + s B A dropout(x)``, with float32 factors as PEFT keeps them, or factors of the base's dtype."""
 
-    def __init__(self, base: nn.Linear, r: int, dropout: float) -> None:
+    def __init__(self, base: nn.Linear, r: int, dropout: float, masters: bool = True) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
         device = base.weight.device
-        self.A = nn.Linear(base.in_features, r, bias=False, device=device)
-        self.B = nn.Linear(r, base.out_features, bias=False, device=device)
+        dtype = torch.float32 if masters else base.weight.dtype
+        self.A = nn.Linear(base.in_features, r, bias=False, device=device, dtype=dtype)
+        self.B = nn.Linear(r, base.out_features, bias=False, device=device, dtype=dtype)
         self.dropout = nn.Dropout(dropout) if dropout > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,11 +43,11 @@ class PlainLora(nn.Module):
         return result.to(x.dtype)
 
 
-def lora(base: nn.Linear, r: int, dropout: float) -> nn.Module:
-    """The layer with LoRA around its frozen ``base``, at scale 1."""
+def lora(base: nn.Linear, r: int, dropout: float, masters: bool = True) -> nn.Module:
+    """The layer with LoRA around its frozen ``base``, at scale 1; without ``masters`` nothing of it is cast."""
     if peft_why_not():
-        return PlainLora(base, r, dropout)
+        return PlainLora(base, r, dropout, masters)
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(r=r, lora_alpha=r, lora_dropout=dropout, target_modules=["0"])
-    return get_peft_model(nn.Sequential(base), settings).base_model.model[0]
+    return get_peft_model(nn.Sequential(base), settings, autocast_adapter_dtype=masters).base_model.model[0]

@@ -22,10 +22,12 @@ def main() -> int:
 
     stub.install()
 
+    from bench.adapter.lora import lora_is
     from bench.host import layer, step
 
     print(f"torch {torch.__version__}, launches stubbed, tensors of {layer.ROWS} × {layer.SIDE} and bfloat16, r = 16.")
-    print(f"Host time of a layer, forward + backward, microseconds, least of interleaved rounds.\n{layer.HEADER}")
+    print("Host time of a layer, forward + backward, microseconds, least of interleaved rounds.")
+    print(f"lora is {lora_is()}\n{layer.HEADER}")
     rows = []
     for dropout in layer.DROPOUTS:
         rows.append(layer.measure(dropout, arguments.seconds))

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from bench.adapter.layer import Published
+from bench.adapter.lora import lora
 from bench.common.timing import Verdict
 from stella_kernels.nn import StellaLinear
 
@@ -19,15 +19,10 @@ DROPOUTS = (0.0, 0.1)
 CALLS = 10  # of a layer, one after another: few, so that some run without a pause
 
 
-def _lora(base: nn.Linear, dropout: float) -> nn.Module:
-    """Its factors of the base's dtype, so that nothing is cast: the least that LoRA's host has to do."""
-    config = LoraConfig(r=RANK, lora_dropout=dropout, target_modules=["0"])
-    return get_peft_model(nn.Sequential(base), config, autocast_adapter_dtype=False).base_model.model[0]
-
-
 LAYERS: dict[str, Callable[[nn.Linear, float], nn.Module]] = {
     "base": lambda base, dropout: base,
-    "lora": _lora,
+    # without masters, so that nothing is cast: the least that LoRA's host has to do
+    "lora": lambda base, dropout: lora(base, RANK, dropout, masters=False),
     "published": lambda base, dropout: Published(base, RANK, dropout),
     "ours": lambda base, dropout: StellaLinear(base, r=RANK, dropout=dropout),
 }
@@ -102,5 +97,5 @@ def verdicts(rows: list[Row]) -> Iterator[Verdict]:
     """That the host has no more to do than for LoRA."""
     for row in rows:
         if row.dropout:
-            text = f"a layer with dropout: {_ratio(row):.2f} of the host time of PEFT's LoRA, at most 1 promised"
+            text = f"a layer with dropout: {_ratio(row):.2f} of the host time of LoRA, at most 1 promised"
             yield Verdict(_ratio(row) <= 1.0, text)

@@ -55,15 +55,15 @@ def store_projection(
     i = tl.arange(0, R)
     at = start * r + rows[:, None] * r + i[None, :]
     mask = (rows < left)[:, None] & (i < r)[None, :]
-    kept_value = value.to(OPERAND)
+    narrow = value.to(OPERAND)
     if KEEP:
-        tl.store(A + at, kept_value, mask=mask)
+        tl.store(A + at, narrow, mask=mask)
     core = load_core(S, s_row, s_column, r, R, TO, DIAGONAL)
     if DIAGONAL:
-        product = kept_value.to(TO) * core
+        product = narrow.to(TO) * core
     else:  # a half type is a tf32 as it is
         core = rounded(core, PRECISION)
-        product = tl.dot(kept_value.to(TO), tl.trans(core), input_precision=PRECISION, out_dtype=TO)
+        product = tl.dot(narrow.to(TO), tl.trans(core), input_precision=PRECISION, out_dtype=TO)
     tl.store(P + at, product.to(OPERAND), mask=mask)
 
 
