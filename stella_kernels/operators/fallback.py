@@ -115,10 +115,11 @@ def stella_adamw_(a: signatures.StellaAdamWStep) -> Tensor:
     if not all(finite):
         return _refused(finite)
     rows: list[list[float]] = []
+    moves: list[tuple[Tensor, list[Tensor]] | None] = []  # of each factor that can: M and its new moments
     for factor, gradient, exp_avg, exp_avg_sq, K, row in given:
-        drift = _residual(factor)
+        rows.append([STATUS_NON_FINITE, math.nan, 0.0, 0.0, _residual(factor)])
+        moves.append(None)
         if not all(bool(t.isfinite().all()) for t in (factor, exp_avg, exp_avg_sq, K)):
-            rows.append([STATUS_NON_FINITE, math.nan, 0.0, 0.0, drift])
             continue
         wide = _arithmetic_dtype(factor.dtype)
         lr, beta1, beta2, eps, step, divisor, sign = row
@@ -129,13 +130,21 @@ def stella_adamw_(a: signatures.StellaAdamWStep) -> Tensor:
             coupling=K.to(wide) if K.numel() else None,
         )
         moments = [new.to(exp_avg.dtype) for new in (m, v)]
-        status, residual = STATUS_OVERFLOW, math.nan
-        if all(bool(t.isfinite().all()) for t in (*moments, D)):
-            status, residual = _retract(Y + stiefel.tangent_projection(Y, D), factor)
-        rows.append([status, residual, 0.0, PATH_SVD, drift])
-        if status == STATUS_OK:
-            exp_avg.copy_(moments[0])
-            exp_avg_sq.copy_(moments[1])
+        M = Y + stiefel.tangent_projection(Y, D)
+        if not all(bool(t.isfinite().all()) for t in moments):
+            rows[-1][0] = STATUS_OVERFLOW
+        elif bool(M.isfinite().all()):
+            rows[-1][0] = STATUS_OK
+            moves[-1] = M, moments
+    if any(row[0] == STATUS_OVERFLOW for row in rows):
+        return _info(rows)
+    for i, move in enumerate(moves):
+        if move is not None:
+            M, (exp_avg, exp_avg_sq) = move
+            _, rows[i][1] = _retract(M, a.factors[i])
+            rows[i][3] = PATH_SVD
+            a.exp_avgs[i].copy_(exp_avg)
+            a.exp_avg_sqs[i].copy_(exp_avg_sq)
     return _info(rows)
 
 

@@ -110,11 +110,10 @@ class StellaAdamWStep(Signature):
 
     A row of hyperparameters, (k, 7) float64 on the CPU: lr, β₁, β₂, eps, step t (this one counted), divisor of the
     gradient scaling, sign (−1 to maximize). couplings[i] is K = ∇ᵀY (r, r), float64 or float32, or has no elements
-    where it is to be computed. Status 1 where a gradient is not finite: nothing at all is written. Otherwise a factor
-    that cannot take its step is not moved, and the others are. Status 3: a moment of it would overflow, the square of
-    its Riemannian gradient above all, and its moments are as they were; or the move itself does, with moments in range,
-    which may then have been advanced. Status 1 beside a finite gradient: the factor or a moment is not finite, and its
-    moments may have been advanced.
+    where it is to be computed. Nothing at all is written, and every residual is NaN, where a gradient is not finite
+    (status 1) or so large that a moment would overflow, the square of its Riemannian gradient above all (status 3).
+    Status 1 beside a finite gradient: the factor, a moment or the move is not finite; this factor is not moved, its
+    moments may have been advanced, and the others have taken their steps.
     """
 
     name: ClassVar[str] = "stella_adamw_"

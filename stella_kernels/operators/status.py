@@ -15,7 +15,7 @@ from __future__ import annotations
 STATUS_OK = 0
 STATUS_NON_FINITE = 1
 STATUS_NOT_CONVERGED = 2
-STATUS_OVERFLOW = 3  # of finite data: a Riemannian gradient, a moment or a move past its dtype's range
+STATUS_OVERFLOW = 3  # of finite data, foreseen: a Riemannian gradient, a moment or a retraction past its dtype's range
 
 PATH_NEWTON_SCHULZ = 0
 PATH_FLOAT64_GRAM = 1

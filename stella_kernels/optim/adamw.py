@@ -12,13 +12,23 @@ from torch.optim import AdamW
 
 from ..checks import NonFiniteError, OffManifoldError, check_choice
 from ..nn import StiefelFactor
-from ..operators.status import DRIFT, INFO_COLUMNS, RESIDUAL, STATUS_OK
+from ..operators.status import DRIFT, RESIDUAL, STATUS_OK, STATUS_OVERFLOW
 from ..reference import stiefel
 from . import targets
 from .coupling import Couplings
 from .guard import Guard
 from .interruption import uninterrupted
-from .plan import LR, STEP, Plan, Slot, check_state_dict, groups_of, reasons_to_skip, refuse_options, settled, step_free
+from .plan import (
+    Plan,
+    SkippedStep,
+    Slot,
+    check_state_dict,
+    groups_of,
+    reasons_to_skip,
+    refuse_options,
+    settled,
+    step_free,
+)
 from .roster import Family, Roster
 
 
@@ -51,8 +61,8 @@ class StellaAdamW(AdamW):
         on_foreign_move: what to do with a factor that something else has moved off its manifold since its last step,
             found as a step begins (``optim.guard``): 'error', or 'retract' to go on from its orthogonal polar factor,
             for training that averages or interpolates weights (each step then measures every factor beforehand).
-        skip_nonfinite: where any gradient holds NaN or infinity, or that of a factor is so large that its square may
-            overflow, the whole step is left out, moments and step counts too, and counted in ``skipped``, instead of
+        skip_nonfinite: where any gradient holds NaN or infinity, or that of a factor is so large that its square
+            overflows, the whole step is left out, moments and step counts too, and counted in ``skipped``, instead of
             the error below. Not where a value is at fault: every later step would be left out.
         maximize: as in ``torch.optim.AdamW``.
         foreach: as there, of the other parameters.
@@ -76,10 +86,10 @@ class StellaAdamW(AdamW):
     factors that are in no group any more, that the model has replaced, or that alone train and are in no optimizer,
     ``RuntimeError`` for a sparse gradient or where no factor has one in three steps,
     ``OffManifoldError`` for a factor that something else moved, ``NonFiniteError`` naming the factors whose gradient,
-    or whose S's gradient, holds NaN or infinity. A write to ``.data`` leaves no trace but the distance itself, which is
-    known when the step is taken: the ``OffManifoldError`` then comes after the whole step. A factor whose own value or
-    moments are not finite, or whose step overflows, is named by a ``NonFiniteError`` as well and not moved, but by then
-    the other factors are.
+    or whose S's gradient, holds NaN or infinity, or is so large that its square overflows. A write to ``.data`` leaves
+    no trace but the distance itself, which is known when the step is taken: the ``OffManifoldError`` then comes after
+    the whole step. A factor whose value or moments hold NaN or infinity is named by a ``NonFiniteError`` as well and
+    not moved, but by then the other factors are.
     """
 
     def __init__(
@@ -243,7 +253,11 @@ class StellaAdamW(AdamW):
                 return
         else:
             targets.check_finite_cores([slot.factor for slot in active], self._factors)
-        moved_elsewhere = self._step_factors(active) if active else None
+        try:
+            moved_elsewhere = self._step_factors(active) if active else None
+        except SkippedStep as left_out:
+            self.skipped.update(left_out.args[0])
+            return
         for group, parameters in zip(self.param_groups, free, strict=True):
             if parameters:
                 step_free(self, group, parameters)
@@ -289,41 +303,16 @@ class StellaAdamW(AdamW):
                     self._plan = None
         plan = self._planned(active)
         gradients = plan.gradients()
-        if len(plan.calls) > 1:
-            # one call writes nothing when it finds a NaN; several have to be checked beforehand
-            self._refuse_gradients([s for s, g in zip(active, gradients, strict=True) if not bool(g.isfinite().all())])
         known: dict[int, Tensor] = {}
         if self._couplings is not None:
             by_index = {slot.index: g for slot, g in zip(active, gradients, strict=True)}
             known = self._couplings.of_step({slot.index: slot.view for slot in active}, by_index)
         rates = [float(group["lr"]) for group in self.param_groups]
-        infos = []
-        for call in plan.calls:
-            slots = [active[i] for i in call.positions]
-            if rates != call.rates:
-                call.hyperparameters[:, LR] = torch.tensor(
-                    [rates[s.group] for s in slots], dtype=torch.float64, device="cpu"
-                )
-                call.rates = rates
-            call.hyperparameters[:, STEP] = torch.tensor(
-                [s.step.item() + 1 for s in slots], dtype=torch.float64, device="cpu"
-            )
-            rows = torch.ops.stella_kernels.stella_adamw_(
-                [s.view for s in slots],
-                [gradients[i] for i in call.positions],
-                [s.exp_avg_view for s in slots],
-                [s.exp_avg_sq_view for s in slots],
-                [known.get(s.index, call.unknown) for s in slots],
-                call.hyperparameters,
-            )
-            infos.append(rows.cpu())
-        if len(infos) == 1:
-            info = infos[0]
-        else:
-            info = torch.empty(len(active), INFO_COLUMNS, dtype=torch.float64, device="cpu")
-            for call, rows in zip(plan.calls, infos, strict=True):
-                info[call.positions] = rows
-        return self._finish(active, info)
+        if len(plan.calls) > 1:
+            # one call writes nothing when it refuses a gradient; several have to be checked beforehand
+            self._refuse_gradients([s for s, g in zip(active, gradients, strict=True) if not bool(g.isfinite().all())])
+            self._refuse_large(plan.overflows(gradients, known))
+        return self._finish(active, plan.run(gradients, known, rates))
 
     def _planned(self, active: list[Slot]) -> Plan:
         """The operator calls for these factors, with all hyperparameters in place but the learning rates and steps."""
@@ -345,6 +334,7 @@ class StellaAdamW(AdamW):
             done = [slot for slot, s in zip(active, status, strict=True) if s == STATUS_OK]
             stuck = [slot for slot, s in zip(active, status, strict=True) if s != STATUS_OK]
             self._refuse_gradients([slot for slot in stuck if not bool(slot.gradient().isfinite().all())])
+            self._refuse_large([slot for slot, s in zip(active, status, strict=True) if s == STATUS_OVERFLOW])
         for slot in done:
             if slot.fresh:  # kept only now, so that a step that raises leaves no state behind
                 self.state[slot.parameter] = slot.state
@@ -361,16 +351,26 @@ class StellaAdamW(AdamW):
         names = ", ".join(f.name for f in stuck)
         state = f"The step was not taken for {names}, the other factors have taken it"
         targets.refuse_values(stuck, state)
-        if off := [f for f in stuck if self._guard.off_manifold(f)]:
-            raise OffManifoldError(
-                f"the value of {', '.join(f.name for f in off)} is so far off its manifold that a step overflows: "
-                f"something other than this optimizer's step wrote to its .data. {state}; load a sound checkpoint.",
-                [f.name for f in off],
-            )
+        self._guard.refuse_far(stuck, state)
         raise NonFiniteError(
-            f"the step was not taken for {names}, since it overflowed with finite gradients. The other factors have "
-            "taken it, so go on from a checkpoint, with a lower learning rate or clipped gradients.",
+            f"a moment of {names} holds NaN or an infinity, or the learning rate moves it out of range. {state}, so go "
+            "on from a checkpoint.",
             [f.name for f in stuck],
+        )
+
+    def _refuse_large(self, slots: list[Slot]) -> None:
+        """Of gradients whose moments would overflow; no parameter and no moment has been written."""
+        if not slots:
+            return
+        names = [slot.factor.name for slot in slots]
+        self._guard.refuse_far([slot.factor for slot in slots], "No parameter and no moment was changed")
+        if self.skip_nonfinite:
+            raise SkippedStep(names)
+        raise NonFiniteError(
+            f"the gradient of {', '.join(names)} is finite and so large that its square overflows; no parameter and no "
+            "moment was changed. Zero the gradients and look at the loss of this batch, clip them, or leave such steps "
+            "out: skip_nonfinite=True.",
+            names,
         )
 
     def _judge(self, active: list[Slot], info: Tensor) -> OffManifoldError | None:

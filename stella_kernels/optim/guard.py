@@ -82,6 +82,19 @@ class Guard:
         """Whether it is farther from its manifold than the last step left it; measured."""
         return not distance(factor) <= self._marks[id(factor.parameter)].allowed
 
+    def refuse_far(self, factors: Iterable[StiefelFactor], state: str) -> None:
+        """Raise for those that are off their manifold, where a step has overflowed; ``state`` says what has changed.
+
+        Raises:
+            OffManifoldError: that.
+        """
+        if names := [f.name for f in factors if self.off_manifold(f)]:
+            raise OffManifoldError(
+                f"the value of {', '.join(names)} is so far off its manifold that a step overflows: something other "
+                f"than this optimizer's step wrote to its .data. {state}; load a sound checkpoint.",
+                names,
+            )
+
     def before_step(self, every: bool = False, members: Callable[[], Iterable[StiefelFactor]] = list) -> None:
         """Measure what was touched, or all; nothing else has happened yet.
 

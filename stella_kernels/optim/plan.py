@@ -13,6 +13,7 @@ from torch.optim import AdamW
 from torch.optim.adamw import adamw
 
 from ..nn import StiefelFactor
+from ..operators.status import INFO_COLUMNS, STATUS_OVERFLOW
 from ..reference import stiefel
 from . import targets
 from .memory import has_memory
@@ -123,6 +124,44 @@ class Call:
         self.rates: list[float] | None = None  # those of the groups, when the learning rates were last written
         self.unknown = unknown  # stands for a coupling that the operator is to compute
 
+    def run(self, active: list[Slot], gradients: list[Tensor], known: dict[int, Tensor], rates: list[float]) -> Tensor:
+        slots = [active[i] for i in self.positions]
+        if rates != self.rates:
+            new = [rates[s.group] for s in slots]
+            self.hyperparameters[:, LR] = torch.tensor(new, dtype=torch.float64, device="cpu")
+            self.rates = rates
+        self.hyperparameters[:, STEP] = torch.tensor(
+            [s.step.item() + 1 for s in slots], dtype=torch.float64, device="cpu"
+        )
+        return torch.ops.stella_kernels.stella_adamw_(
+            [s.view for s in slots],
+            [gradients[i] for i in self.positions],
+            [s.exp_avg_view for s in slots],
+            [s.exp_avg_sq_view for s in slots],
+            [known.get(s.index, self.unknown) for s in slots],
+            self.hyperparameters,
+        ).cpu()
+
+    def overflows(self, active: list[Slot], gradients: list[Tensor], known: dict[int, Tensor]) -> list[Slot]:
+        # what no bound clears is tried on copies
+        finfo = torch.finfo(self.unknown.dtype)
+        peaks = targets.peaks([gradients[i] for i in self.positions])
+        large = []
+        for row, (i, peak) in enumerate(zip(self.positions, peaks, strict=True)):
+            slot, gradient = active[i], gradients[i]
+            # |∇ − Y ∇ᵀ Y| ≤ (1 + sqrt(n r)) max |∇|, and its square is in range
+            if peak > math.sqrt(finfo.max) / (2.0 + 2.0 * math.sqrt(gradient.numel())):
+                copies = [t.clone() for t in (slot.view, slot.exp_avg_view, slot.exp_avg_sq_view)]
+                hyperparameters = self.hyperparameters[row : row + 1].clone()
+                hyperparameters[:, STEP] = slot.step.item() + 1
+                coupling = known.get(slot.index, self.unknown)
+                info = torch.ops.stella_kernels.stella_adamw_(
+                    copies[:1], [gradient], copies[1:2], copies[2:], [coupling], hyperparameters
+                )
+                if int(info[0, 0]) == STATUS_OVERFLOW:
+                    large.append(slot)
+        return large
+
 
 class Plan:
     """The calls of a step, one for each device and dtype, reused while the same factors have gradients."""
@@ -159,6 +198,26 @@ class Plan:
         if not usual:
             return [slot.gradient() for slot in self.active]
         return [g.mT if slot.factor.transposed else g for slot, g in zip(self.active, gradients, strict=True)]
+
+    def run(self, gradients: list[Tensor], known: dict[int, Tensor], rates: list[float]) -> Tensor:
+        """Take the step of all; a row of info for each, on the CPU.
+
+        Args:
+            gradients: (n, r).
+            known: couplings ∇ᵀY, by index of the slot.
+            rates: learning rates of the groups.
+        """
+        infos = [call.run(self.active, gradients, known, rates) for call in self.calls]
+        if len(infos) == 1:
+            return infos[0]
+        info = torch.empty(len(self.active), INFO_COLUMNS, dtype=torch.float64, device="cpu")
+        for call, rows in zip(self.calls, infos, strict=True):
+            info[call.positions] = rows
+        return info
+
+    def overflows(self, gradients: list[Tensor], known: dict[int, Tensor]) -> list[Slot]:
+        """Those whose moments would overflow; nothing is written."""
+        return [slot for call in self.calls for slot in call.overflows(self.active, gradients, known)]
 
 
 def groups_of(model: nn.Module, factors: Sequence[StiefelFactor]) -> list[dict[str, Any]]:
@@ -229,22 +288,15 @@ def check_state_dict(state_dict: dict[str, Any]) -> None:
             )
 
 
+class SkippedStep(Exception):
+    """A step left out before anything was changed, with the names of its causes."""
+
+
 def reasons_to_skip(slots: Sequence[Slot], active: Sequence[Slot], free: Sequence[Sequence[Tensor]]) -> list[str]:
-    """Names of what has a gradient with NaN or infinity, or one of a factor so large that a step would overflow."""
+    """Names of what has a gradient with NaN or infinity."""
     names = {id(slot.factor.core): f"S beside {slot.factor.name}" for slot in reversed(slots)}
     given = [(slot.factor.name, slot.parameter.grad) for slot in active]
     for index, parameters in enumerate(free):
         given += [(names.get(id(p), f"param_groups[{index}]"), p.grad) for p in parameters]
     gradients = [gradient for _, gradient in given if gradient is not None]
-    bad = {given[i][0] for i in targets.non_finite(gradients)}
-    if not bad:
-        largest = targets.peaks([slot.gradient() for slot in active])
-        bad = {slot.factor.name for slot, peak in zip(active, largest, strict=True) if peak > _limit(slot.parameter)}
-    return sorted(bad)
-
-
-def _limit(parameter: Tensor) -> float:
-    """The largest |∇| for which the square of the Riemannian gradient stays in range of a step's arithmetic."""
-    dtype = torch.float32 if parameter.dtype in targets.HALF_DTYPES else parameter.dtype
-    # |∇ − Y ∇ᵀ Y| ≤ (1 + sqrt(n r)) max |∇|
-    return math.sqrt(torch.finfo(dtype).max) / (2.0 + 2.0 * math.sqrt(parameter.numel()))
+    return sorted({given[i][0] for i in targets.non_finite(gradients)})

@@ -69,17 +69,23 @@ def _reported_residual(case: Case, row: list[float], measured: float, shape: tup
     u, w = round_off(case.dtype)
     n, r = shape
     least = 2.0**-25 if case.dtype == torch.float16 else 0.0
-    own = 2.0**-53 * (4 * r + math.sqrt(n)) if case.dtype == torch.float64 else 0.01 * w  # of the measurement
+    own = _measurement(n, r) if case.dtype == torch.float64 else 0.01 * w
     yield "residual above the reported", max(0.0, measured - row[1]), own
     moved = u * math.sqrt(r) + least * math.sqrt(n * r)
     yield "reported residual", row[1], 2.1 * moved + moved**2 + w * math.sqrt(r) * (2 + 4 * math.sqrt(r) + 8 * 17)
 
 
+def _measurement(n: int, r: int) -> float:
+    """What a distance from orthonormal columns, measured in float64, may itself be off by."""
+    return 2.0**-53 * (4 * r + math.sqrt(n))
+
+
 def _reported_drift(row: list[float], Y: Tensor) -> tuple[str, float, float]:
-    """The drift as reported against that of Y: a Gram matrix's round-off, of 8 eps sqrt(r) at most."""
+    """The drift as reported against that of Y: a Gram matrix's round-off, of 8 eps sqrt(r) at most, and the measured's."""
     _, w = round_off(Y.dtype)
+    n, r = Y.shape
     measured = float(stiefel.orthonormality_error(Y.double()))
-    return "drift", abs(row[4] - measured), 16 * w * math.sqrt(Y.shape[1]) * (1.0 + measured)
+    return "drift", abs(row[4] - measured), (16 * w * math.sqrt(r) + _measurement(n, r)) * (1.0 + measured)
 
 
 def _point(case: Case, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -292,8 +298,8 @@ def adamw_step(case: Case, run: Implementation) -> Measures:
         info = run["stella_adamw_"](*lists, couplings, rows)
     status = torch.tensor(bad, dtype=torch.float64) * (1.0 if refused else 3.0)
     yield "status", float((info[:, 0] - status).abs().sum()), 0.0
-    for row, is_bad, given, old in zip(info.tolist(), bad, inputs, before, strict=True):
-        fixed = ["gradient", *(("Y", "m", "v") if is_bad or refused else ())]
+    for row, given, old in zip(info.tolist(), inputs, before, strict=True):
+        fixed = ["gradient", *(("Y", "m", "v") if any(bad) else ())]
         changed = sum(float((given.tensors[n].nan_to_num(7.0) != old[n].nan_to_num(7.0)).sum()) for n in fixed)
         yield "written where nothing should be", changed, 0.0
         for name in ("Y", "m", "v"):

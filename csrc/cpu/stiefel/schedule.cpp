@@ -231,6 +231,24 @@ bool moments_bounded(const AdamwJob& job, double largest) {
   return bound * bound <= 0.5 * largest_of(m.storage) && bound <= 0.5 * largest_of(m.storage);
 }
 
+// Tries the steps whose moments are not bounded, without writing anything: of those that cannot be taken the outcomes
+// say why. False when one overflows, and then nothing was computed of the others.
+bool steps_fit(const Pool& pool, const std::vector<AdamwJob>& jobs, const std::vector<double>& largest,
+               std::vector<Outcome>& outcomes) {
+  const IsaKernels& k = kernels();
+  std::vector<int64_t> doubtful;
+  for (size_t i = 0; i < jobs.size(); ++i)
+    if (!moments_bounded(jobs[i], largest[i])) doubtful.push_back(i);
+  run_queue(pool, static_cast<int64_t>(doubtful.size()),
+            [&](int64_t t) { k.adamw_fits(jobs[doubtful[t]], &outcomes[doubtful[t]]); });
+  bool fit = true;
+  for (const Outcome& outcome : outcomes) fit = fit && outcome.status != Status::overflow;
+  for (Outcome& outcome : outcomes)
+    if (!fit && outcome.status == Status::ok)
+      outcome.residual = outcome.drift = std::numeric_limits<double>::quiet_NaN();
+  return fit;
+}
+
 }  // namespace
 
 std::vector<Outcome> riemannian_gradient(const Pool& pool, const std::vector<GradientJob>& jobs) {
@@ -280,12 +298,9 @@ std::vector<Outcome> adamw(const Pool& pool, const std::vector<AdamwJob>& jobs) 
   std::vector<MatrixView> matrices;
   for (const AdamwJob& job : jobs) matrices.push_back(job.gradient);
   const std::vector<double> largest = largest_magnitudes(pool, matrices);
-  if (refuse_non_finite(largest, outcomes)) return outcomes;
+  if (refuse_non_finite(largest, outcomes) || !steps_fit(pool, jobs, largest, outcomes)) return outcomes;
 
-  // Tried before anything of theirs is written, where their moments might overflow.
-  const auto stays = [&](int64_t i) {
-    return !moments_bounded(jobs[i], largest[i]) && !k.adamw_fits(jobs[i], &outcomes[i]);
-  };
+  const auto stays = [&](int64_t i) { return outcomes[i].status != Status::ok; };
   const Division division = divide(pool, matrices, true);
   for (const int64_t i : division.shared) {
     if (stays(i)) continue;

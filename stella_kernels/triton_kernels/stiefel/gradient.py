@@ -123,8 +123,8 @@ def coupling_sum_kernel(
 ):
     """A program for each factor: its coupling, whether it is to move, and its row of ``info``.
 
-    With DRIFT, of riemannian_gradient_, an overflow refuses them all, unless the factor is far from orthonormal; of
-    stella_adamw_ it keeps the factor where it is. What a bound does not rule out is tried.
+    An overflow refuses them all, of riemannian_gradient_ (DRIFT) unless the factor is far from orthonormal. What a
+    bound does not rule out is tried.
     """
     factor = tl.program_id(0).to(tl.int64)
     header = table + factor * _ROW
@@ -187,12 +187,12 @@ def coupling_sum_kernel(
         status = tl.where(sound, tl.where(fits, 0.0, 3.0), 1.0)
         status = tl.where(lost & (known != 0), 1.0, status)
     tl.store(state + factor, tl.where(status == 0.0, _MOVE, _LEAVE))
-    refuses = bad
+    refuses = bad | (status == 3.0)
     residual = tl.full((), 0.0, TO)
     if DRIFT:
         refuses = bad | (near & (status == 3.0))
     else:
-        residual = tl.where(status == 0.0, 0.0, float("nan"))
+        residual = tl.full((), float("nan"), TO)  # until it has moved
     if refuses:
         tl.atomic_or(refused, 1)
     column = tl.arange(0, 8)

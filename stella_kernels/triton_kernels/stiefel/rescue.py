@@ -92,7 +92,6 @@ def rescue(
     rows = tl.arange(0, ROWS)
     largest = tl.zeros((ROWS, T), dtype=tl.float64)
     tainted = tl.zeros((ROWS, T), dtype=tl.float64)
-    unsound = tl.zeros((ROWS, T), dtype=tl.float64)
     for start in range(0, n, ROWS):
         for k in range(0, r, T):
             columns = k + tl.arange(0, T)
@@ -105,16 +104,13 @@ def rescue(
                     value = load_tile(
                         tensors[moment], rows, columns, rows_left(n, start), r, ELEMENT, tl.float64, INDEX, False
                     )
-                    unsound += value * 0.0
-            unsound += y * 0.0
+                    tainted += value * 0.0
     size = tl.max(tl.max(largest, axis=1), axis=0)
     status = tl.full((), 0.0, tl.float64)
     error = tl.full((), float("nan"), tl.float64)
     steps = 0
-    if tl.sum(tl.sum(unsound, axis=1), axis=0) != 0.0:  # NaN is unequal
+    if tl.sum(tl.sum(tainted, axis=1), axis=0) != 0.0:  # NaN is unequal
         status += 1.0
-    elif tl.sum(tl.sum(tainted, axis=1), axis=0) != 0.0:  # a move, of finite moments or to finite values
-        status += 3.0 if KIND == _ADAMW else 1.0
     elif (KIND == _POLAR) & (size == 0.0):
         status += 2.0
     else:

@@ -15,7 +15,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from stella_kernels import StellaLinear
 from stella_kernels.checks import NonFiniteError
 from stella_kernels.nn import StiefelFactor, orthonormality_tolerance
-from stella_kernels.optim import StellaAdamW, attach
+from stella_kernels.optim import StellaAdamW, attach, retract
 from tests.optim.guard.test_memory import KINDS, backward, layer_and_optimizer, trained
 from tests.optim.stiefel_problem import identical, values
 from tests.optim.test_foreign_moves import GROUPS, Averaging, off
@@ -210,17 +210,41 @@ def test_the_state_of_another_optimizer_is_refused_whole() -> None:
     assert all(torch.equal(after["state"][0][k], before["state"][0][k]) for k in before["state"][0])
 
 
-def test_a_step_that_would_overflow_is_skipped_whole() -> None:
-    model, optimizer = layer_and_optimizer("fused", skip_nonfinite=True)
-    assert isinstance(optimizer, StellaAdamW)
-    backward(model, optimizer)
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize("dtypes", ["float32", "float16", "mixed"])
+def test_a_step_that_would_overflow_changes_nothing(dtypes: str, skips: bool) -> None:
+    """Neither that factor nor any other, nor a moment or a step count, in one operator call or several."""
+    torch.manual_seed(5)
+    model = nn.Sequential(*(StellaLinear(nn.Linear(24, 24), r=4) for _ in range(3)))
+    if dtypes == "float16":
+        model.half()
+    elif dtypes == "mixed":
+        model[2].double()
+        retract(model)
+    optimizer = StellaAdamW(model, grad_scaling=False, skip_nonfinite=skips)
+
+    def fill() -> None:
+        for p in model.parameters():
+            p.grad = 1e-2 * torch.randn_like(p) if p.requires_grad else None
+
+    fill()
     optimizer.step()
-    backward(model, optimizer)
-    before = values(model)
-    model[0].U.grad[0, 0] = 1e30
-    optimizer.step()
+    fill()
+    before, state = values(model), copy.deepcopy(optimizer.state_dict()["state"])
+    model[1].U.grad[0, 0] = 2e4 if dtypes == "float16" else 1e30
+    if skips:
+        optimizer.step()
+        assert optimizer.skipped == {"1.U": 1}
+    else:
+        with pytest.raises(NonFiniteError, match=r"gradient of 1\.U is finite .* no parameter and no moment") as caught:
+            optimizer.step()
+        assert caught.value.names == ("1.U",)
     assert identical(values(model), before)
-    assert optimizer.skipped == {"0.U": 1}
+    after = optimizer.state_dict()["state"]
+    assert all(torch.equal(after[i][key], state[i][key]) for i in state for key in state[i])
+    fill()
+    optimizer.step()
+    assert not identical(values(model), before)
 
 
 @pytest.mark.parametrize("kind", KINDS)

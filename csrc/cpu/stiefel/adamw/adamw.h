@@ -63,11 +63,8 @@ bool adamw_solve(const AdamwJob& job, const double* gram, double* coefficients, 
   return solved;
 }
 
-// Whether a step can be taken at all: not from values that are not finite, nor to them.
-Status adamw_status(const AdamwJob& job, bool steps_finite) {
-  if (!all_finite(job.factor) || !all_finite(job.first_moment) || !all_finite(job.second_moment))
-    return Status::non_finite;
-  return steps_finite ? Status::ok : Status::overflow;
+bool adamw_given_finite(const AdamwJob& job) {
+  return all_finite(job.factor) && all_finite(job.first_moment) && all_finite(job.second_moment);
 }
 
 // A step too large for the Gram matrix, or one that is not finite: the factor is retracted by SVD, or left alone. The
@@ -92,8 +89,8 @@ void adamw_fallback(const AdamwJob& job, const void* steps, Outcome* outcome) {
         D[j * n + i] = value;
       }
   });
-  outcome->status = adamw_status(job, finite);
-  if (outcome->status != Status::ok) {
+  if (!finite || !adamw_given_finite(job)) {
+    outcome->status = Status::non_finite;
     outcome->residual = __builtin_nan("");
     return;
   }
@@ -128,8 +125,9 @@ bool adamw_fits(const AdamwJob& job, Outcome* outcome) {
     Buffer small;
     double* coupling = small.reserve<double>(job.factor.r * job.factor.r);
     coupling_of(job, passes, coupling);
-    outcome->status = adamw_status(job, passes.step_fits(negative_of(coupling, job.factor.r)));
-    if (job.coupling && !all_finite(coupling, job.factor.r)) outcome->status = Status::non_finite;
+    const bool fits = passes.step_fits(negative_of(coupling, job.factor.r));
+    const bool given = adamw_given_finite(job) && (!job.coupling || all_finite(coupling, job.factor.r));
+    outcome->status = !given ? Status::non_finite : fits ? Status::ok : Status::overflow;
     outcome->drift = passes.drift();
   });
   return outcome->status == Status::ok;
