@@ -1,7 +1,8 @@
 # Everything from nothing: each target creates the environment and builds the package when they are missing or stale.
 #
 #   make demo     fine-tune a real language model with StelLA and see what the native geometry gained
-#   make test     the full test suite
+#   make test     the test suite, but for what takes minutes and seldom fails
+#   make test-whole   that: every case in Triton's interpreter, wheels, bytes moved, what kernels compile to for each chip
 #   make bench    the retraction and the optimizer step against torch's ways, the adapter against LoRA, at real models' shapes
 #   make gpu      everything about a GPU that is here, in 8 minutes, into one folder; nothing is installed
 #   make test-ptx the GPU kernels as they are compiled, in an emulator: the whole table, for each Triton and architecture
@@ -18,6 +19,10 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+# Processes that share the tests, a file of them each. Threads that wait do not keep a core from those that work.
+TEST_PROCESSES ?= 2
+PYTEST := $(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+export OMP_WAIT_POLICY ?= passive
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 GPU_ARGS ?=
@@ -68,7 +73,7 @@ TEST_SOURCES := $(shell find tests -name '*.cpp' -o -name '*.h')
 BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml csrc/cpu/torch/generate_signatures.py \
   stella_kernels/operators/signatures.py $(NATIVE_SOURCES)
 
-.PHONY: env build test test-oldest-peft test-oldest-triton test-arm test-ptx test-ptx-slice sanitize sanitize-slice \
+.PHONY: env build test test-whole test-oldest-peft test-oldest-triton test-arm test-ptx test-ptx-slice sanitize sanitize-slice \
   demo bench gpu docs lint format clean
 
 env: $(VENV)/env.stamp
@@ -87,10 +92,13 @@ $(VENV)/build.stamp: $(VENV)/env.stamp $(BUILD_INPUTS)
 
 # The full suite runs last, so that its summary is what a log ends with.
 test: build sanitize-slice test-ptx-slice $(if $(OLDEST_PEFT),test-oldest-peft) $(if $(OLDEST_TRITON),test-oldest-triton)
-	$(BIN)/python -m pytest tests $(PYTEST_ARGS)
+	$(PYTEST) tests -m "not whole" $(PYTEST_ARGS)
+
+test-whole: build
+	$(BIN)/python -m pytest tests -m whole $(PYTEST_ARGS)
 
 test-oldest-peft: build $(OLDEST_PEFT_DIR)/stamp
-	PYTHONPATH=$(OLDEST_PEFT_DIR) $(BIN)/python -m pytest tests/peft $(PYTEST_ARGS)
+	PYTHONPATH=$(OLDEST_PEFT_DIR) $(PYTEST) tests/peft -m "not whole" $(PYTEST_ARGS)
 
 $(OLDEST_PEFT_DIR)/stamp: Makefile $(VENV)/env.stamp
 	rm -rf $(OLDEST_PEFT_DIR)
@@ -99,8 +107,8 @@ $(OLDEST_PEFT_DIR)/stamp: Makefile $(VENV)/env.stamp
 
 # What kernels compile to is promised of the pinned Triton alone; that they compile, of this one too.
 test-oldest-triton: build $(OLDEST_TRITON_DIR)/stamp
-	if $(HAS_TRITON); then PYTHONPATH=$(abspath $(OLDEST_TRITON_DIR)) $(BIN)/python -m pytest \
-	  tests/triton_kernels -m "not pinned_triton" $(PYTEST_ARGS); fi
+	if $(HAS_TRITON); then PYTHONPATH=$(abspath $(OLDEST_TRITON_DIR)) $(PYTEST) \
+	  tests/triton_kernels -m "not pinned_triton and not whole" $(PYTEST_ARGS); fi
 
 $(OLDEST_TRITON_DIR)/stamp: Makefile $(VENV)/env.stamp
 	rm -rf $(OLDEST_TRITON_DIR)

@@ -81,7 +81,7 @@ def _measurement(n: int, r: int) -> float:
 
 
 def _reported_drift(row: list[float], Y: Tensor) -> tuple[str, float, float]:
-    """The drift as reported against that of Y: a Gram matrix's round-off, of 8 eps sqrt(r) at most, and the measured's."""
+    """The drift as reported against that of Y: both have a Gram matrix's round-off, of 8 eps sqrt(r) at most."""
     _, w = round_off(Y.dtype)
     n, r = Y.shape
     measured = float(stiefel.orthonormality_error(Y.double()))

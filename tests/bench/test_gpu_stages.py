@@ -282,7 +282,7 @@ def test_without_libraries_stages_say_what_is_missing(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "report.png").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_rehearsal(tmp_path: Path) -> None:
     """Every stage, as ``make gpu REHEARSE=1`` runs them."""
     done = subprocess.run(

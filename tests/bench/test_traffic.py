@@ -80,7 +80,7 @@ print(json.dumps(rows))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_a_step_keeps_to_the_floor_and_the_published_one_does_not() -> None:
     from bench.traffic.stiefel import FLOOR_WORDS, WANTED_LAUNCHES, WANTED_OF_FLOOR
 

@@ -98,7 +98,7 @@ def test_sdist_holds_every_file_that_a_build_needs(unpacked: Path) -> None:
     assert not [name for name in packed if name.endswith((".so", ".pyc"))]
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 @needs_compiler
 def test_wheel_built_from_the_sdist_runs_outside_the_source_tree(unpacked: Path, tmp_path: Path) -> None:
     archive, site = installed(unpacked, tmp_path / "cpu", "cpu")
@@ -203,11 +203,11 @@ def test_a_build_that_fails_leaves_no_library(tmp_path: Path, mode: str) -> None
     assert sorted(path.name for path in package.iterdir()) == ["_build_info.so", "_cpu.so"]
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 @needs_compiler
 def test_a_path_with_spaces_and_parentheses(unpacked: Path, tmp_path: Path) -> None:
     folder = tmp_path / "a (b) c" / "source"
-    shutil.copytree(unpacked, folder)
+    shutil.copytree(unpacked, folder, ignore=shutil.ignore_patterns("build"))  # of a test that built there
     _, site = installed(folder, tmp_path / "out (d)", "cpu")
     code = "from stella_kernels.operators import backends; print(backends.serving('polar'), backends.build_info())"
     told = succeed(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site))
@@ -237,7 +237,7 @@ def test_a_build_that_finds_no_torch(unpacked: Path, tmp_path: Path, mode: str) 
         (site / path.name).symlink_to(path)
     hook = "from setuptools import build_meta; print(build_meta.prepare_metadata_for_build_wheel('metadata'))"
     folder = tmp_path / "source"
-    shutil.copytree(unpacked, folder)
+    shutil.copytree(unpacked, folder, ignore=shutil.ignore_patterns("build"))
     (folder / "metadata").mkdir()
     done = run(sys.executable, "-S", "-c", hook, cwd=folder, PYTHONPATH=str(site), STELLA_KERNELS_BUILD=mode)
     if mode == "none":

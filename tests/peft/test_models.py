@@ -19,7 +19,7 @@ def loss_and_gradients(model: nn.Module, run: nn.Module, ids: Tensor) -> list[Te
     return [loss, *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])]
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.whole), 0.2])
 def test_compiled_with_dynamic_shapes(dropout: float) -> None:
     torch._dynamo.reset()
     model = stir(adapted(llama(), lora_dropout=dropout)).train()

@@ -1,5 +1,7 @@
-"""Run the table of cases on Triton's kernels in its interpreter: ``python -m tests.triton_kernels.cases SHARD OF``.
+"""Run the table of cases on Triton's kernels in its interpreter.
 
+``python -m tests.triton_kernels.cases SHARD OF EVERY``.
+Of each operator every so-many-th case, of those every OF-th from SHARD on.
 A process of its own, since Triton decides when it is imported whether kernels are compiled or interpreted.
 """
 
@@ -107,7 +109,12 @@ def chosen() -> list[Case]:
     return picked
 
 
-def main(shard: int, of: int) -> None:
+def thinned(chosen: list[Case], every: int) -> list[Case]:
+    """Every so-many-th of each operator."""
+    return [case for name in OPERATORS for case in [c for c in chosen if c.operator == name][::every]]
+
+
+def main(shard: int, of: int, every: int) -> None:
     """One line of JSON a case or check: its name, what was compared, error, tolerance; then one a kind of launch."""
     torch.set_num_threads(1)
     triton_launches.record()
@@ -116,7 +123,7 @@ def main(shard: int, of: int) -> None:
     operators = registration.operators()
     own = configuration.tiles_for
     triton_adapter.use_small_tiles()
-    for case in chosen()[shard::of]:
+    for case in thinned(chosen(), every)[shard::of]:
         configuration.tiles_for = small_tiles(case)
         result = verification.check(case, "triton", operators)
         configuration.tiles_for = own
@@ -132,4 +139,4 @@ def main(shard: int, of: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(*map(int, sys.argv[1:4]))

@@ -11,7 +11,7 @@ import triton.language as tl
 from ..launch.configuration import FUSION, arithmetic, element, precision, tiles_for
 from ..stiefel.gradient import coupling_kernel, coupling_sum_kernel, subtract_kernel
 from ..stiefel.moves import ADAMW, POLAR, RETRACT
-from ..stiefel.options import ATTEMPT, gram_options, lays_apart, solve_options, update_options
+from ..stiefel.options import ATTEMPT, gram_options, lays_apart, solve_options, sum_options, update_options
 from ..stiefel.passes import gram_kernel, update_kernel
 from ..stiefel.solve import solve_kernel
 from .adapter_variants import adapter_variants
@@ -51,6 +51,8 @@ def stiefel_variants(
         used = {key: value for key, value in (common | constants).items() if key in kernel.arg_names}
         label = f"{name} {str(dtype).removeprefix('torch.')} R={R}"
         options = solve_options(backend) if kernel is solve_kernel else FUSION
+        if kernel is coupling_sum_kernel:
+            options = sum_options(backend)
         if kernel is gram_kernel:
             options = gram_options(backend, used["KIND"], R)
         if kernel is update_kernel:

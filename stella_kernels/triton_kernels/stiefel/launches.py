@@ -63,7 +63,7 @@ def _couple(table: Table, settings: Tensor | None, info: Tensor) -> tuple[Tensor
     coupling_sum_kernel[(table.factors,)](
         *(table.rows, info if settings is None else settings, partials, largest, refused, couplings, state, info),
         **{"GRADIENT": GRADIENT, "FACTOR": FACTOR, "DRIFT": DRIFT, "ITEMS": table.tiles.items},
-        **common | options.ATTEMPT,
+        **common | options.ATTEMPT | options.sum_options(target_backend()),
     )
     return couplings, state, refused
 

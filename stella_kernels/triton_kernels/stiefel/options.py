@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..launch.configuration import FUSION, GREEDY
-from .moves import RETRACT
+from .moves import ADAMW, RETRACT
 
 ATTEMPT = {"BLOCK": 16, "SLAB": 16}  # of what one program tries on all rows, seldom: a few registers
 PROGRAMS = 132  # of the solve, each with a workspace
@@ -19,9 +19,15 @@ def lays_apart(arch: object) -> bool:
     return arch == 90
 
 
+def sum_options(backend: str) -> dict[str, int]:
+    """Of one program for each factor, of which there are few: blocks beside each other gain nothing."""
+    return FUSION | GREEDY if backend == "cuda" else FUSION
+
+
 def gram_options(backend: str, KIND: int, R: int) -> dict[str, int]:
-    """A few registers more than ptxas stops at by itself."""
-    return FUSION | GREEDY if backend == "cuda" and KIND == RETRACT and R <= 32 else FUSION
+    """A few registers more than ptxas stops at by itself: sm_100 spills of RETRACT, sm_120 of ADAMW at 128."""
+    more = R <= 32 if KIND == RETRACT else KIND == ADAMW and R == 128
+    return FUSION | GREEDY if backend == "cuda" and more else FUSION
 
 
 def update_options(backend: str, KIND: int, R: int) -> dict[str, int]:
