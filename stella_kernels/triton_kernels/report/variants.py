@@ -11,7 +11,15 @@ import triton.language as tl
 from ..launch.configuration import FUSION, arithmetic, element, precision, tiles_for
 from ..stiefel.gradient import coupling_kernel, coupling_sum_kernel, subtract_kernel
 from ..stiefel.moves import ADAMW, POLAR, RETRACT
-from ..stiefel.options import ATTEMPT, gram_options, lays_apart, solve_options, sum_options, update_options
+from ..stiefel.options import (
+    ATTEMPT,
+    gram_options,
+    holds_halves,
+    lays_apart,
+    solve_options,
+    sum_options,
+    update_options,
+)
 from ..stiefel.passes import gram_kernel, update_kernel
 from ..stiefel.solve import solve_kernel
 from .adapter_variants import adapter_variants
@@ -75,11 +83,9 @@ def stiefel_variants(
             alone = {"ADVANCE": True, "GRAM": False, "HALVES": False, "APART": False, **tiles.streaming(R)}
             yield variant(f"{name} advance", gram_kernel, kind | alone)
             advance = False
-        yield variant(
-            f"{name} gram",
-            gram_kernel,
-            {**kind, "ADVANCE": advance, "GRAM": True, "HALVES": tiles.halves, "APART": apart},
-        )
+        halves = holds_halves(tiles.halves, KIND, R, arch)
+        blocks = {**kind, "ADVANCE": advance, "GRAM": True, "HALVES": halves, "APART": apart}
+        yield variant(f"{name} gram", gram_kernel, blocks)
         small = {"T": tiles.small, "T64": tiles.small64, "ROWS": tiles.rows64}
         yield variant(f"{name} solve", solve_kernel, {**kind, **small}, products=dtype != torch.float64, wide=False)
         yield variant(f"{name} update", update_kernel, kind | tiles.streaming(R))

@@ -82,6 +82,7 @@ def _retract(
     given = couplings if couplings is not None else partials
     gram = {"KIND": KIND, "STEPS": STEPS, "SLAB": tiles.slab, **_common(table)}
     APART = tiles.halves and options.lays_apart(target_arch())
+    HALVES = options.holds_halves(tiles.halves, KIND, R, target_arch())
     inputs = (table.items, table.rows, settings, given, state, refused, partials, 1.0)
     greedy = options.gram_options(target_backend(), KIND, R)
     advance = KIND == ADAMW
@@ -91,7 +92,7 @@ def _retract(
         )
         advance = False
     gram_kernel[(table.count, R // tiles.slab)](
-        *inputs, ADVANCE=advance, GRAM=True, HALVES=tiles.halves, APART=APART, **gram | greedy
+        *inputs, ADVANCE=advance, GRAM=True, HALVES=HALVES, APART=APART, **gram | greedy
     )
     solve_kernel[(programs,)](
         *(table.rows, settings, partials, coefficients, scales, state, refused, workspace, info),

@@ -24,10 +24,14 @@ def sum_options(backend: str) -> dict[str, int]:
     return FUSION | GREEDY if backend == "cuda" else FUSION
 
 
+def holds_halves(halves: bool, KIND: int, R: int, arch: object) -> bool:
+    """Whether the Gram blocks are two tiles of half the columns, beside the default: elsewhere that would spill."""
+    return halves or (arch == 120 and KIND == ADAMW and R == 128)
+
+
 def gram_options(backend: str, KIND: int, R: int) -> dict[str, int]:
-    """A few registers more than ptxas stops at by itself: sm_100 spills of RETRACT, sm_120 of ADAMW at 128."""
-    more = R <= 32 if KIND == RETRACT else KIND == ADAMW and R == 128
-    return FUSION | GREEDY if backend == "cuda" and more else FUSION
+    """A few registers more than ptxas stops at by itself."""
+    return FUSION | GREEDY if backend == "cuda" and KIND == RETRACT and R <= 32 else FUSION
 
 
 def update_options(backend: str, KIND: int, R: int) -> dict[str, int]:
