@@ -21,8 +21,7 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 # Processes that share the tests, a file of them each. Threads that wait do not keep a core from those that work.
 TEST_PROCESSES ?= 2
-PYTEST := $(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
-export OMP_WAIT_POLICY ?= passive
+PYTEST := OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 GPU_ARGS ?=
