@@ -65,9 +65,17 @@ def check_devices(a: signatures.Signature) -> None:
 
 
 def check_memory(a: signatures.Signature) -> None:
-    """Raise where an argument that is written has several elements in one place, or shares memory with another."""
+    """Raise for an argument without its memory, one that is written and has several elements in one place, or two that
+    share memory."""
     given = [(name, index, t, written) for name, index, t, written in _tensors(a) if t.numel()]
     for name, index, tensor, written in given:
+        if not memory.has_memory(tensor):
+            raise RuntimeError(
+                f"{a.name}: {_name(name, index)}: found a storage of {tensor.untyped_storage().nbytes()} bytes for "
+                f"{tuple(tensor.shape)}, {tensor.dtype}, wanted "
+                f"{(tensor.storage_offset() + memory.extent(tensor)) * tensor.element_size()}: it was freed or shrunk, "
+                "as an offload does; bring it back first."
+            )
         if written and memory.overlaps_itself(tensor):
             raise RuntimeError(
                 f"{a.name}: {_name(name, index)}: found strides {tensor.stride()} for shape {tuple(tensor.shape)}, "

@@ -1,4 +1,4 @@
-"""Where tensors lie: whether elements of one share a place, and whether two tensors share memory. Exact, by strides."""
+"""Where tensors lie: whether they have memory, elements of one share a place, or two share some. Exact, by strides."""
 
 from __future__ import annotations
 
@@ -7,6 +7,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+
+def has_memory(t: Tensor) -> bool:
+    """Whether a tensor's storage holds all its elements: engines that offload resize it, under the tensor.
+
+    Reading one that is too short ends the process.
+    """
+    if t.layout is not torch.strided or t.is_meta or t.numel() == 0:
+        return True
+    return t.untyped_storage().nbytes() >= (t.storage_offset() + extent(t)) * t.element_size()
 
 
 def overlaps_itself(t: Tensor) -> bool:

@@ -22,6 +22,7 @@ from .plan import (
     Plan,
     SkippedStep,
     Slot,
+    check_free,
     check_state_dict,
     groups_of,
     reasons_to_skip,
@@ -253,6 +254,7 @@ class StellaAdamW(AdamW):
                 return
         else:
             targets.check_finite_cores([slot.factor for slot in active], self._factors)
+        check_free(self, free)
         try:
             moved_elsewhere = self._step_factors(active) if active else None
         except SkippedStep as left_out:

@@ -183,8 +183,8 @@ class Attachment:
         """
         company = self._company()
         try:
-            if self._planned is None:
-                for one in company:
+            if self._planned is None or self._exchanged(self._planned[1]):
+                for one in company[company.index(self) :]:
                     one._planned = one._plan(optimizer if one is self else one._alive()[0], len(company) == 1)
             active, gradients = self._planned or ([], {})
             self._planned = None
@@ -193,6 +193,11 @@ class Attachment:
             for one in company:
                 one._planned = None
             raise
+
+    def _exchanged(self, gradients: dict[int, Tensor]) -> bool:
+        """Whether a hook that ran since they were looked at has given factors other gradients."""
+        now = {i: f.parameter.grad.data_ptr() for i, f in enumerate(self.factors) if f.parameter.grad is not None}
+        return now != {i: gradient.data_ptr() for i, gradient in gradients.items()}
 
     def _look(self, optimizer: Optimizer) -> None:
         """What can be asked before there are gradients."""

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from ..checks import OffManifoldError, check_choice
 from ..nn import StiefelFactor, lost_masters, orthonormality_tolerance
+from ..operators.memory import has_memory
 from ..reference import stiefel
 from . import targets
-from .memory import has_memory
 
 POLICIES = ("error", "retract")
 

@@ -9,19 +9,9 @@ from torch import Tensor
 
 from ..checks import OffManifoldError
 from ..nn import StiefelFactor
+from ..operators.memory import has_memory
 
 Place = tuple[int, torch.Size, tuple[int, ...], torch.dtype, torch.device]
-
-
-def has_memory(t: Tensor) -> bool:
-    """Whether a tensor's storage holds all its elements: engines that offload resize it to nothing, under the tensor.
-
-    Reading such a tensor ends the process.
-    """
-    if t.layout is not torch.strided or t.is_meta or t.numel() == 0:
-        return True
-    last = t.storage_offset() + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    return t.untyped_storage().nbytes() >= (last + 1) * t.element_size()
 
 
 def place_of(parameter: Tensor) -> Place:

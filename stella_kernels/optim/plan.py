@@ -13,10 +13,10 @@ from torch.optim import AdamW
 from torch.optim.adamw import adamw
 
 from ..nn import StiefelFactor
+from ..operators.memory import has_memory
 from ..operators.status import INFO_COLUMNS, STATUS_OVERFLOW
 from ..reference import stiefel
 from . import targets
-from .memory import has_memory
 
 # Columns of the operator's hyperparameters that are written at every step.
 LR, STEP = 0, 4
@@ -146,11 +146,14 @@ class Call:
         # what no bound clears is tried on copies
         finfo = torch.finfo(self.unknown.dtype)
         peaks = targets.peaks([gradients[i] for i in self.positions])
+        moments = [0.0] * len(peaks)
+        if finfo.max < 1e5:  # a moment of float16 may be near its limit itself, and little more is too much
+            moments = targets.peaks([active[i].exp_avg_sq_view for i in self.positions])
         large = []
-        for row, (i, peak) in enumerate(zip(self.positions, peaks, strict=True)):
+        for row, (i, peak, moment) in enumerate(zip(self.positions, peaks, moments, strict=True)):
             slot, gradient = active[i], gradients[i]
             # |∇ − Y ∇ᵀ Y| ≤ (1 + sqrt(n r)) max |∇|, and its square is in range
-            if peak > math.sqrt(finfo.max) / (2.0 + 2.0 * math.sqrt(gradient.numel())):
+            if moment > finfo.max / 2 or peak > math.sqrt(finfo.max) / (2.0 + 2.0 * math.sqrt(gradient.numel())):
                 copies = [t.clone() for t in (slot.view, slot.exp_avg_view, slot.exp_avg_sq_view)]
                 hyperparameters = self.hyperparameters[row : row + 1].clone()
                 hyperparameters[:, STEP] = slot.step.item() + 1
@@ -238,6 +241,32 @@ def refuse_options(group: dict[str, Any]) -> None:
                 f"{option}: found {group[option]!r}, wanted False: StellaAdamW does not have it; use "
                 f"torch.optim.AdamW({option}=True) with stella_kernels.optim.attach."
             )
+
+
+def check_free(optimizer: AdamW, free: Sequence[Sequence[Tensor]]) -> None:
+    """Raise for what torch's AdamW would stumble over, while no factor has moved yet."""
+    for index, parameters in enumerate(free):
+        kept = [optimizer.state.get(p) for p in parameters]
+        with_state = [(p, state) for p, state in zip(parameters, kept, strict=True) if state]
+        owners = [*parameters, *(p for p, _ in with_state), *(p for p, _ in with_state)]
+        beside: list[Any] = [p.grad for p in parameters]
+        beside += [state["exp_avg"] for _, state in with_state] + [state["exp_avg_sq"] for _, state in with_state]
+        if (
+            [*map(_shape, owners)] == [*map(_shape, beside)]
+            and [*map(_dtype, owners)] == [*map(_dtype, beside)]
+            and [*map(_device, owners)] == [*map(_device, beside)]
+            and all(map(_address, beside))
+        ):
+            continue
+        for place, (p, t) in enumerate(zip(owners, beside, strict=True)):
+            if (t.shape, t.dtype, t.device) != (p.shape, p.dtype, p.device) or not has_memory(t):
+                what = "gradient" if place < len(parameters) else "moment"
+                raise ValueError(
+                    f"param_groups[{index}]: found a {what} of {tuple(t.shape)}, {t.dtype} on {t.device} with a storage "
+                    f"of {t.untyped_storage().nbytes()} bytes beside a parameter of {tuple(p.shape)}, {p.dtype} on "
+                    f"{p.device}, wanted the same; nothing was changed by this step. Move the optimizer's state along, "
+                    "or load its state_dict again."
+                )
 
 
 def step_free(optimizer: AdamW, group: dict[str, Any], parameters: list[Tensor]) -> None:

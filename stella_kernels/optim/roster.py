@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
@@ -39,7 +40,12 @@ class Family:
     @property
     def is_blind(self) -> bool:
         """Whether it was copied without a model."""
-        return bool(self._told) and not self._roots()
+        return bool(self._told) and not self.is_rooted
+
+    @property
+    def is_rooted(self) -> bool:
+        """Whether there is a model, or a part of one, to look up factors in."""
+        return bool(self._roots())
 
     def members(self, frozen: bool = True) -> list[StiefelFactor]:
         """All factors, or those that train now."""
@@ -221,6 +227,7 @@ class Roster:
         """Compare with the model as it is now."""
         held = self._held()
         self._refuse_replaced(factors, held)
+        self._warn_of_orphans(factors)
         constrained = {id(f.parameter) for f in factors}
         members = self.family.members(frozen=False)
         for f in members:
@@ -243,6 +250,25 @@ class Roster:
         self._warned.update(names)
         warnings.warn(text, RuntimeWarning, stacklevel=2)
 
+    def _warn_of_orphans(self, factors: Sequence[StiefelFactor]) -> None:
+        """Say which factors get no gradient, and are in no module, where no model is known that could be asked."""
+        idle = [f for f in factors if f.parameter.requires_grad and f.parameter.grad is None]
+        idle = [f for f in idle if f.name not in self._warned]
+        if not idle or len(idle) == len(factors) or self.family.is_rooted:
+            return
+        in_modules = _in_modules([f.parameter for f in idle])
+        names = [f.name for f in idle if id(f.parameter) not in in_modules]
+        if names:
+            self._warned.update(names)
+            warnings.warn(
+                f"optimizer.step(): {', '.join(names)} had no gradient where other factors had one, and no module has "
+                "this parameter: if it was replaced (load_state_dict(..., assign=True), an engine that shards or "
+                "flattens a model), its successor is never trained. Load and prepare the model first, then build the "
+                "optimizer and attach.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
     def _held(self) -> dict[int, Tensor]:
         optimizer = self._optimizer()
         return {} if optimizer is None else {id(p): p for group in optimizer.param_groups for p in group["params"]}
@@ -262,6 +288,22 @@ class Roster:
                 "load the model first, then build the optimizer and attach; factors that are sharded cannot be "
                 "constrained yet: leave the adapters whole, or train with distributed data parallel."
             )
+
+
+def _in_modules(parameters: Sequence[Tensor]) -> set[int]:
+    """Ids of those that some module has, found from the parameters: slow, for what is asked seldom."""
+    places = [place for place in gc.get_referrers(*parameters) if isinstance(place, dict)]
+    owned: set[int] = set()
+    for owner in gc.get_referrers(*places):
+        own = (
+            owner._parameters
+            if isinstance(owner, nn.Module)
+            else owner.get("_parameters")
+            if isinstance(owner, dict)
+            else None
+        )
+        owned.update(id(place) for place in places if place is own)
+    return {id(p) for place in places if id(place) in owned for p in place.values()}
 
 
 @torch.no_grad()

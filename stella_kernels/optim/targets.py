@@ -19,9 +19,8 @@ from ..nn import (
     orthonormality_tolerance,
     stiefel_factors,
 )
-from ..operators.memory import overlaps_itself
+from ..operators.memory import has_memory, overlaps_itself
 from ..reference import stiefel
-from .memory import has_memory
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -112,9 +111,10 @@ def non_finite(tensors: Sequence[Tensor]) -> list[int]:
     """
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, tensor in enumerate(tensors):
-        if tensor.data_ptr() == 0 and tensor.numel():  # to read it would end the process
+        if not has_memory(tensor):
             raise RuntimeError(
-                f"optimizer.step(): found a gradient or a value of {tuple(tensor.shape)} whose storage was freed, "
+                f"optimizer.step(): found a gradient or a value of {tuple(tensor.shape)} whose storage was freed or "
+                f"shrunk to {tensor.untyped_storage().nbytes()} bytes, "
                 "wanted it in memory; bring back what was offloaded before the step."
             )
         kinds.setdefault((tensor.device, tensor.dtype), []).append(i)
@@ -233,8 +233,8 @@ def check_gradient(name: str, parameter: Tensor) -> Tensor:
             f"of shape {tuple(gradient.shape)}, wanted {tuple(parameter.shape)}, the factor's; zero the gradients "
             "after replacing a parameter's data"
         )
-    elif gradient.data_ptr() == 0 and gradient.numel():
-        found = "whose storage was freed, wanted one in memory; bring it back before the step"
+    elif not has_memory(gradient):
+        found = "whose storage was freed or shrunk, wanted one in memory; bring it back before the step"
     elif gradient.is_neg():
         found = "that is a negated view, wanted a plain one; set p.grad = gradient.resolve_neg()"
     elif gradient.is_conj():

@@ -21,6 +21,7 @@ MatrixView core_of(const Tensor& S, int64_t r, const Argument& a) {
   STD_TORCH_CHECK((diagonal || (S.dim() == 2 && S.size(1) == r)) && S.size(0) == r, a, "found ", shape_of(S),
                   ", wanted (", r, ", ", r, "), or (", r, ",) when it is diagonal, to go with U.");
   if (!diagonal) return matrix_of(S, a);
+  check_in_memory(S, a);
   return {data_of(S), 1, r, 0, S.stride(0), storage_of(S, a)};
 }
 
@@ -76,6 +77,7 @@ Tensor forward_into(const Tensor& y, const std::optional<Tensor>& bias, bool acc
     const Argument b = {a.op, "b"};
     STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == m, b, "found ", shape_of(*bias),
                     ", wanted (", m, ",) on the CPU, one for each row of U.");
+    check_in_memory(*bias, b);
     job.bias = {data_of(*bias), 1, m, 0, bias->stride(0), storage_of(*bias, b)};
   }
   job.dropout = dropout_of(a.op, a.p, a.seed);

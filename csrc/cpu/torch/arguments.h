@@ -75,11 +75,25 @@ inline Storage storage_of(const Tensor& t, const Argument& a) {
   }
 }
 
+// Its storage holds all its elements: what offloads shrinks it under the tensor, and to read that ends the process.
+inline void check_in_memory(const Tensor& t, const Argument& a) {
+  int64_t last = t.storage_offset(), bytes = 0;
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.size(d) == 0) return;
+    last += (t.size(d) - 1) * t.stride(d);
+  }
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  const int64_t wanted = (last + 1) * static_cast<int64_t>(t.element_size());
+  STD_TORCH_CHECK(bytes >= wanted, a, "found a storage of ", bytes, " bytes for ", shape_of(t), ", ", dtype_of(t),
+                  ", wanted ", wanted, ": it was freed or shrunk, as an offload does; bring it back first.");
+}
+
 // (rows, columns) as it is, or seen from its transpose.
 inline MatrixView matrix_of(const Tensor& t, const Argument& a, bool transposed = false) {
   STD_TORCH_CHECK(t.is_cpu(), a,
                   "found a tensor of another device, wanted one on the CPU, as the others are; move it.");
   STD_TORCH_CHECK(t.dim() == 2, a, "found ", shape_of(t), ", wanted a matrix.");
+  check_in_memory(t, a);
   const int row = transposed ? 1 : 0, column = 1 - row;
   return {data_of(t), t.size(row), t.size(column), t.stride(row), t.stride(column), storage_of(t, a)};
 }

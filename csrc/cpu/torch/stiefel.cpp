@@ -60,6 +60,7 @@ std::tuple<Tensor, Tensor> polar(const signatures::Polar& a) {
   const Argument argument = {a.op, "M"};
   STD_TORCH_CHECK(dims >= 2 && M.size(dims - 2) >= M.size(dims - 1), argument, "found ", shape_of(M),
                   ", wanted (..., n, r) with n >= r; pass a factor that is stored transposed as its .mT view.");
+  check_in_memory(M, argument);
   const stella::Storage storage = storage_of(M, argument);
   const stella::Method method = method_of(a.op, a.method);
   // Read once: each is a call into torch.

@@ -262,3 +262,28 @@ def test_only_another_loss_is_an_error_after_some_steps(kind: str) -> None:
     optimizer.step()
     with pytest.raises(RuntimeError, match=r"no gradient was found .* freeze them"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_listed_factor_that_is_replaced_is_warned_of_once(kind: str) -> None:
+    problem = Problem()
+    model = problem.copy()
+    optimizer = optimizer_of(kind, list(model.parameters()), stiefel_factors(model))
+    model.first.load_state_dict(model.first.state_dict(), assign=True)
+    with pytest.warns(RuntimeWarning, match=r"first\.U, first\.Vt had no gradient.*no module has") as caught:
+        steps(problem, model, optimizer, 9)
+    assert len([w for w in caught if "no module has" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_listed_factor_that_rests_in_its_module_is_nobodys_business(kind: str) -> None:
+    problem = Problem()
+    model = problem.copy()
+    optimizer = optimizer_of(kind, list(model.parameters()), stiefel_factors(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(9):
+            optimizer.zero_grad()
+            problem.loss(model, step).backward()
+            model.second.U.grad = None
+            optimizer.step()

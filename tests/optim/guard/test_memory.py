@@ -315,3 +315,21 @@ def test_a_cast_of_the_model_between_steps_is_a_choice() -> None:
         model(torch.ones(2, 24, dtype=model[0].U.dtype)).square().mean().backward()
         optimizer.step()
     assert model[0].U.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("what", ["gradient", "factor", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_storage_that_shrinks_under_its_tensor_is_named(kind: str, what: str) -> None:
+    if kind == "attach" and what not in ("gradient", "factor"):
+        pytest.skip("torch's own optimizer reads it")
+    model, optimizer = layer_and_optimizer(kind)
+    backward(model, optimizer)
+    optimizer.step()
+    backward(model, optimizer)
+    U = model[0].U
+    shrunk: dict[str, Tensor] = {"gradient": U.grad, "factor": U, **optimizer.state[U]}
+    before = model[0].Vt.detach().clone()
+    shrunk[what].untyped_storage().resize_(shrunk[what].element_size())
+    with pytest.raises((RuntimeError, ValueError), match="storage"):
+        optimizer.step()
+    assert torch.equal(model[0].Vt, before)

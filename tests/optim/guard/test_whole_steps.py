@@ -267,3 +267,53 @@ def test_weight_decay_on_a_frozen_factor_that_moves_is_an_error(kind: str) -> No
         optimizer.step()
     assert GROUPS["weight_decay"] == 0.0
     assert isinstance(first.U, Tensor)
+
+
+@pytest.mark.parametrize("none_first", [False, True])
+def test_gradients_that_a_hook_exchanges_between_two_attachments_are_made_riemannian(none_first: bool) -> None:
+    model, optimizer = layer_and_optimizer("attach")
+    second = nn.Sequential(StellaLinear(nn.Linear(24, 24), r=4))
+    optimizer.add_param_group({"params": trained(second), **GROUPS})
+    U = second[0].U
+
+    def exchange(optimizer: Optimizer, args: object, kwargs: object) -> None:
+        U.grad = torch.ones_like(U)
+
+    optimizer.register_step_pre_hook(exchange)
+    attach(optimizer, second, grad_scaling=False)
+    backward(nn.Sequential(model[0], second[0]), optimizer)
+    if none_first:
+        U.grad = None
+    before = U.detach().clone()
+    optimizer.step()
+    skew = before.mT @ U.grad
+    # products of sums over 24 elements of size at most 5
+    assert float((skew + skew.mT).norm()) <= 64 * torch.finfo(U.dtype).eps * float(before.norm() * U.grad.norm())
+    assert off(second) < 1
+
+
+def test_a_moment_that_torch_would_refuse_is_refused_before_a_factor_moves() -> None:
+    model, optimizer = layer_and_optimizer("fused")
+    backward(model, optimizer)
+    optimizer.step()
+    optimizer.state[model[0].S]["exp_avg"] = optimizer.state[model[0].S]["exp_avg"].double()
+    before = values(model)
+    with pytest.raises(ValueError, match=r"param_groups\[0\]: found a moment .*torch\.float64"):
+        optimizer.step()
+    assert identical(values(model), before)
+
+
+def test_a_moment_of_float16_near_its_limit_is_foreseen_among_other_dtypes() -> None:
+    narrow = nn.Parameter(orthonormal(24, 4, dtype=torch.float32).half())
+    wide = nn.Parameter(orthonormal(24, 4, dtype=torch.float32))
+    optimizer = StellaAdamW([wide, narrow], factors=[wide, narrow], grad_scaling=False, **GROUPS)
+    for p in (wide, narrow):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.state[narrow]["exp_avg_sq"].fill_(65504.0)
+    narrow.grad = torch.full_like(narrow, 0.0)
+    narrow.grad[0, 0] = 8000.0  # its square, by 1 - beta2, is more than what decays
+    before = [p.detach().clone() for p in (wide, narrow)]
+    with pytest.raises(NonFiniteError, match="overflows"):
+        optimizer.step()
+    assert all(map(torch.equal, (wide.detach(), narrow.detach()), before))
