@@ -254,9 +254,8 @@ class StellaAdamW(AdamW):
                 return
         else:
             targets.check_finite_cores([slot.factor for slot in active], self._factors)
-        check_free(self, free)
         try:
-            moved_elsewhere = self._step_factors(active) if active else None
+            moved_elsewhere = self._step_factors(active, free) if active else None
         except SkippedStep as left_out:
             self.skipped.update(left_out.args[0])
             return
@@ -296,13 +295,14 @@ class StellaAdamW(AdamW):
         self._roster.check_held(self._factors, held)
         return free, self._roster.newcomers(p for rest in free for p in rest)
 
-    def _step_factors(self, active: list[Slot]) -> OffManifoldError | None:
+    def _step_factors(self, active: list[Slot], free: list[list[Tensor]]) -> OffManifoldError | None:
         """The error to raise when the step is over, where a factor had been moved by something else."""
         states = [*map(self.state.get, [slot.parameter for slot in active])]
         if not settled(active, states):
             for slot, state in zip(active, states, strict=True):
                 if slot.follow(state):
                     self._plan = None
+        check_free(self, free)
         plan = self._planned(active)
         gradients = plan.gradients()
         known: dict[int, Tensor] = {}

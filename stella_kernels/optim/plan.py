@@ -262,9 +262,9 @@ def check_free(optimizer: AdamW, free: Sequence[Sequence[Tensor]]) -> None:
             if (t.shape, t.dtype, t.device) != (p.shape, p.dtype, p.device) or not has_memory(t):
                 what = "gradient" if place < len(parameters) else "moment"
                 raise ValueError(
-                    f"param_groups[{index}]: found a {what} of {tuple(t.shape)}, {t.dtype} on {t.device} with a storage "
-                    f"of {t.untyped_storage().nbytes()} bytes beside a parameter of {tuple(p.shape)}, {p.dtype} on "
-                    f"{p.device}, wanted the same; nothing was changed by this step. Move the optimizer's state along, "
+                    f"param_groups[{index}]: found a {what} of {tuple(t.shape)}, {t.dtype} on {t.device} with a "
+                    f"storage of {t.untyped_storage().nbytes()} bytes beside a parameter of {tuple(p.shape)}, "
+                    f"{p.dtype} on {p.device}, wanted the same; nothing was changed by this step. Move the optimizer's state along, "
                     "or load its state_dict again."
                 )
 
