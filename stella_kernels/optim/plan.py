@@ -264,8 +264,8 @@ def check_free(optimizer: AdamW, free: Sequence[Sequence[Tensor]]) -> None:
                 raise ValueError(
                     f"param_groups[{index}]: found a {what} of {tuple(t.shape)}, {t.dtype} on {t.device} with a "
                     f"storage of {t.untyped_storage().nbytes()} bytes beside a parameter of {tuple(p.shape)}, "
-                    f"{p.dtype} on {p.device}, wanted the same; nothing was changed by this step. Move the optimizer's state along, "
-                    "or load its state_dict again."
+                    f"{p.dtype} on {p.device}, wanted the same; nothing was changed by this step. Move the optimizer's "
+                    "state along, or load its state_dict again."
                 )
 
 
