@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..checks import FLOAT_DTYPES, METHODS
 from . import memory, signatures
+from .status import arithmetic_dtype, grams_words, sums_words
 
 SETTINGS = 7  # of a factor: columns of hyperparameters
 
@@ -134,13 +135,29 @@ def _check_tall(operator: str, name: str, tensor: Tensor, dimensions: str = "(n,
         )
 
 
+def _check_rows(operator: str, name: str, tensor: Tensor, first: Tensor) -> None:
+    _check_dense(operator, name, tensor)
+    if tensor.dim() != 2:
+        raise RuntimeError(f"{operator}: {name}: found {tuple(tensor.shape)}, wanted some rows of a factor, (n_i, r).")
+    if (tensor.dtype, tensor.device) != (first.dtype, first.device):
+        raise RuntimeError(
+            f"{operator}: {name}: found {_described(tensor)}, wanted {first.dtype} on {first.device}, as the first "
+            "factor is: a call takes factors of one dtype and device."
+        )
+
+
 def _described(tensor: Tensor) -> str:
     layout = "" if tensor.layout is torch.strided else f" of layout {tensor.layout}"
     return f"{tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}{layout}"
 
 
-def _check_lists(operator: str, main: str, factors: Sequence[Tensor], **lists: Sequence[Tensor]) -> None:
-    """Raise unless the lists are as long as ``main``'s, and each tensor is like the factor of its place."""
+def _check_lists(
+    operator: str, main: str, factors: Sequence[Tensor], some: bool = False, **lists: Sequence[Tensor]
+) -> None:
+    """Raise unless the lists are as long as ``main``'s, and each tensor is like the factor of its place.
+
+    ``some``: of a factor's rows, which may be fewer than its columns.
+    """
     for name, tensors in lists.items():
         if len(tensors) != len(factors):
             raise RuntimeError(
@@ -148,7 +165,10 @@ def _check_lists(operator: str, main: str, factors: Sequence[Tensor], **lists: S
                 "many of each."
             )
     for i, factor in enumerate(factors):
-        _check_tall(operator, f"{main}[{i}]", factor)
+        if some:
+            _check_rows(operator, f"{main}[{i}]", factor, factors[0])
+        else:
+            _check_tall(operator, f"{main}[{i}]", factor)
         if factor.device != factors[0].device and factor.device.type != factors[0].device.type:
             raise RuntimeError(
                 f"{operator}: {main}[{i}]: found on {factor.device}, wanted on {factors[0].device}, where {main}[0] "
@@ -182,11 +202,15 @@ def _project_retract_(a: signatures.ProjectRetract) -> None:
 def check_divisors(a: signatures.ProjectRetract) -> None:
     """What is asked of project_retract_ at every call, whatever was asked of its tensors before."""
     _check_method(a.name, a.method)
-    if len(a.divisors) != len(a.moved):
-        raise RuntimeError(f"{a.name}: divisors: found {len(a.divisors)}, wanted {len(a.moved)}, one a factor.")
-    for i, divisor in enumerate(a.divisors):
+    _check_numbers(a.name, a.divisors, len(a.moved))
+
+
+def _check_numbers(operator: str, divisors: Sequence[float], count: int) -> None:
+    if len(divisors) != count:
+        raise RuntimeError(f"{operator}: divisors: found {len(divisors)}, wanted {count}, one a factor.")
+    for i, divisor in enumerate(divisors):
         if not 0.0 < divisor < inf:
-            raise RuntimeError(f"{a.name}: divisors[{i}]: found {divisor}, wanted a positive number.")
+            raise RuntimeError(f"{operator}: divisors[{i}]: found {divisor}, wanted a positive number.")
 
 
 def _stella_adamw_(a: signatures.StellaAdamWStep) -> None:
@@ -206,7 +230,7 @@ def _stella_adamw_(a: signatures.StellaAdamWStep) -> None:
             )
 
 
-def check_hyperparameters(a: signatures.StellaAdamWStep) -> None:
+def check_hyperparameters(a: signatures.StellaAdamWStep | signatures.AdamWGram) -> None:
     """What is asked of stella_adamw_ at every step, whatever was asked of its tensors before."""
     settings, wanted = a.hyperparameters, (len(a.factors), SETTINGS)
     if tuple(settings.shape) != wanted or settings.dtype != torch.float64:
@@ -224,6 +248,52 @@ def check_hyperparameters(a: signatures.StellaAdamWStep) -> None:
                     f"{a.name}: hyperparameters[{i}]: found divisor {divisor} and step {step}, wanted a positive "
                     "divisor, and steps from 1 on."
                 )
+
+
+# ---- the phases of a step on some rows of each factor ----------------------------------------------------------------
+
+
+def _check_flat(operator: str, name: str, flat: Tensor, factors: Sequence[Tensor], words: Callable[[int], int]) -> None:
+    wanted = sum(words(factor.shape[1]) for factor in factors)
+    dtype = arithmetic_dtype(factors[0].dtype) if factors else flat.dtype
+    if tuple(flat.shape) != (wanted,) or flat.dtype != dtype or not flat.is_contiguous():
+        raise RuntimeError(f"{operator}: {name}: found {_described(flat)}, wanted ({wanted},), {dtype}, contiguous.")
+    if factors and flat.device != factors[0].device:
+        raise RuntimeError(f"{operator}: {name}: found on {flat.device}, wanted on {factors[0].device}; move it there.")
+
+
+def _gradient_gram(a: signatures.GradientGram) -> None:
+    _check_lists(a.name, "factors", a.factors, True, gradients=a.gradients)
+
+
+def _riemannian_gradient_rows_(a: signatures.RiemannianGradientRows) -> None:
+    snapshots = {"snapshots": a.snapshots} if a.snapshots else {}
+    _check_lists(a.name, "factors", a.factors, True, gradients=a.gradients, **snapshots)
+    _check_flat(a.name, "sums", a.sums, a.factors, sums_words)
+
+
+def _retract_gram(a: signatures.RetractGram | signatures.RetractRows) -> None:
+    _check_lists(a.name, "moved", a.moved, True, previous=a.previous)
+    _check_numbers(a.name, a.divisors, len(a.moved))
+
+
+def _retract_rows_(a: signatures.RetractRows) -> None:
+    _retract_gram(a)
+    _check_flat(a.name, "sums", a.sums, a.moved, sums_words)
+    _check_flat(a.name, "grams", a.grams, a.moved, grams_words)
+
+
+def _adamw_gram_(a: signatures.AdamWGram) -> None:
+    lists = {"gradients": a.gradients, "exp_avgs": a.exp_avgs, "exp_avg_sqs": a.exp_avg_sqs}
+    _check_lists(a.name, "factors", a.factors, True, **lists)
+    _check_flat(a.name, "sums", a.sums, a.factors, sums_words)
+    check_hyperparameters(a)
+
+
+def _adamw_rows_(a: signatures.AdamWRows) -> None:
+    _check_lists(a.name, "factors", a.factors, True)
+    _check_flat(a.name, "sums", a.sums, a.factors, sums_words)
+    _check_flat(a.name, "grams", a.grams, a.factors, grams_words)
 
 
 # ---- the adapter -----------------------------------------------------------------------------------------------------
@@ -290,6 +360,12 @@ _CHECKS: dict[type[signatures.Signature], Callable[[Any], None]] = {
     signatures.RiemannianGradient: _riemannian_gradient_,
     signatures.ProjectRetract: _project_retract_,
     signatures.StellaAdamWStep: _stella_adamw_,
+    signatures.GradientGram: _gradient_gram,
+    signatures.RiemannianGradientRows: _riemannian_gradient_rows_,
+    signatures.RetractGram: _retract_gram,
+    signatures.RetractRows: _retract_rows_,
+    signatures.AdamWGram: _adamw_gram_,
+    signatures.AdamWRows: _adamw_rows_,
     signatures.PhiloxDropout: _philox_dropout,
     signatures.AdapterForward: _adapter_forward_,
     signatures.AdapterProduct: _adapter_product,

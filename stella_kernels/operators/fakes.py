@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import backends, signatures
-from .status import INFO_COLUMNS
+from .status import INFO_COLUMNS, arithmetic_dtype, grams_words, sums_words
 
 
 def _info(factors: list[Tensor]) -> Tensor:
@@ -39,6 +39,39 @@ def _stella_adamw_(a: signatures.StellaAdamWStep) -> Tensor:
     return _info(a.factors)
 
 
+def _flat(like: list[Tensor], words: Callable[[int], int]) -> Tensor:
+    if not like:
+        return torch.empty(0, dtype=torch.float32)
+    total = sum(words(factor.shape[1]) for factor in like)
+    return like[0].new_empty(total, dtype=arithmetic_dtype(like[0].dtype))
+
+
+def _gradient_gram(a: signatures.GradientGram) -> Tensor:
+    return _flat(a.factors, sums_words)
+
+
+def _riemannian_gradient_rows_(a: signatures.RiemannianGradientRows) -> Tensor:
+    return a.sums.new_empty(0)
+
+
+def _retract_gram(a: signatures.RetractGram) -> Tensor:
+    return _flat(a.moved, grams_words)
+
+
+def _retract_rows_(a: signatures.RetractRows) -> Tensor:
+    return torch.empty((len(a.moved), INFO_COLUMNS), dtype=torch.float64)
+
+
+def _adamw_gram_(a: signatures.AdamWGram) -> tuple[Tensor, Tensor]:
+    steps = sum(factor.numel() for factor in a.factors)
+    grams = _flat(a.factors, grams_words)
+    return grams, grams.new_empty(steps)
+
+
+def _adamw_rows_(a: signatures.AdamWRows) -> Tensor:
+    return torch.empty((len(a.factors), INFO_COLUMNS), dtype=torch.float64)
+
+
 def _philox_dropout(a: signatures.PhiloxDropout) -> Tensor:
     return torch.empty_like(a.x, memory_format=torch.contiguous_format)
 
@@ -64,6 +97,12 @@ FAKES: dict[type[signatures.Signature], Callable[[Any], Any]] = {
     signatures.RiemannianGradient: _riemannian_gradient_,
     signatures.ProjectRetract: _project_retract_,
     signatures.StellaAdamWStep: _stella_adamw_,
+    signatures.GradientGram: _gradient_gram,
+    signatures.RiemannianGradientRows: _riemannian_gradient_rows_,
+    signatures.RetractGram: _retract_gram,
+    signatures.RetractRows: _retract_rows_,
+    signatures.AdamWGram: _adamw_gram_,
+    signatures.AdamWRows: _adamw_rows_,
     signatures.PhiloxDropout: _philox_dropout,
     signatures.AdapterForward: _adapter_forward_,
     signatures.AdapterProduct: _adapter_product,

@@ -16,16 +16,12 @@ from torch import Tensor
 
 from ..reference import adamw, adapter, philox, stiefel
 from ..reference.autocast import without_autocast
-from . import arguments, signatures
-from .status import INFO_COLUMNS, PATH_SVD, STATUS_NON_FINITE, STATUS_OK, STATUS_OVERFLOW
+from . import arguments, phases, signatures
+from .status import INFO_COLUMNS, PATH_SVD, STATUS_NON_FINITE, STATUS_OK, STATUS_OVERFLOW, arithmetic_dtype
 
 
 def _info(rows: list[list[float]]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64).reshape(-1, INFO_COLUMNS)
-
-
-def _arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def _residual(stored: Tensor) -> float:
@@ -35,7 +31,7 @@ def _residual(stored: Tensor) -> float:
 
 def polar(a: signatures.Polar) -> tuple[Tensor, Tensor]:
     *leading, n, r = a.M.shape
-    wide = a.M.to(_arithmetic_dtype(a.M.dtype))
+    wide = a.M.to(arithmetic_dtype(a.M.dtype))
     batch = wide.reshape(math.prod(leading), n, r)  # (B, n, r)
     finite = batch.isfinite().flatten(1).all(1) if batch.numel() else torch.ones(batch.shape[0], dtype=torch.bool)
     if not bool(finite.all()):
@@ -62,7 +58,7 @@ def riemannian_gradient_(a: signatures.RiemannianGradient) -> Tensor:
     rows: list[list[float]] = []
     results: list[Tensor | None] = []
     for gradient, factor in zip(a.gradients, a.factors, strict=True):
-        wide = _arithmetic_dtype(gradient.dtype)
+        wide = arithmetic_dtype(gradient.dtype)
         result = stiefel.riemannian_gradient(factor.to(wide), gradient.to(wide)).to(gradient.dtype)
         status = STATUS_NON_FINITE if not bool(factor.isfinite().all()) else STATUS_OK
         if status == STATUS_OK and not bool(result.isfinite().all()):
@@ -89,7 +85,7 @@ def project_retract_(a: signatures.ProjectRetract) -> Tensor:
         if not (bool(new.isfinite().all()) and bool(old.isfinite().all())):
             rows.append([STATUS_NON_FINITE, math.nan, 0.0, 0.0, drift])
             continue
-        wide = _arithmetic_dtype(new.dtype)
+        wide = arithmetic_dtype(new.dtype)
         Y = old.to(wide)
         M = Y + stiefel.tangent_projection(Y, (new.to(wide) - Y) / divisor)
         if not bool(M.isfinite().all()):
@@ -121,7 +117,7 @@ def stella_adamw_(a: signatures.StellaAdamWStep) -> Tensor:
         moves.append(None)
         if not all(bool(t.isfinite().all()) for t in (factor, exp_avg, exp_avg_sq, K)):
             continue
-        wide = _arithmetic_dtype(factor.dtype)
+        wide = arithmetic_dtype(factor.dtype)
         lr, beta1, beta2, eps, step, divisor, sign = row
         Y = factor.to(wide)  # (n, r)
         D, m, v = adamw.adamw_move(
@@ -153,7 +149,7 @@ _WIDENED_ROWS = 1024  # of activations in half precision that are float32 at one
 
 def _summed_over_rows(left: Tensor, right: Tensor) -> Tensor:
     """leftᵀ right, (a, b) from (T, a) and (T, b), in float32 at least: half precision would round every sum."""
-    if _arithmetic_dtype(left.dtype) == left.dtype:
+    if arithmetic_dtype(left.dtype) == left.dtype:
         return left.mT @ right
     if left.device.type == "cuda":
         return torch.mm(left.mT, right, out_dtype=torch.float32)
@@ -204,7 +200,7 @@ def adapter_backward_(a: signatures.AdapterBackward) -> tuple[Tensor, Tensor, Te
             return grad_U, grad_S, grad_Vt
         Q = (a.grad_y @ a.U.to(dtype)).mul_(a.scale)  # (T, r)
         if need_S:
-            wide = _arithmetic_dtype(dtype)
+            wide = arithmetic_dtype(dtype)
             grad_S = (Q.to(wide) * a.A.to(wide)).sum(0) if core.dim() == 1 else _summed_over_rows(Q, a.A)
             grad_S = grad_S.to(a.S.dtype)
         K = adapter.times_core(Q, core)  # (T, r)
@@ -223,6 +219,7 @@ _IMPLEMENTATIONS: dict[type[signatures.Signature], Callable[[Any], Any]] = {
     signatures.RiemannianGradient: riemannian_gradient_,
     signatures.ProjectRetract: project_retract_,
     signatures.StellaAdamWStep: stella_adamw_,
+    **phases.IMPLEMENTATIONS,
     signatures.PhiloxDropout: philox_dropout,
     signatures.AdapterForward: adapter_forward_,
     signatures.AdapterProduct: adapter_product,

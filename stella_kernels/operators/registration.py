@@ -16,7 +16,7 @@ from torch import Tensor
 from .arguments import check_devices
 from .fakes import FAKES
 from .fallback import REFERENCE
-from .signatures import SIGNATURES, Signature, positional
+from .signatures import PHASES, SIGNATURES, Signature, positional
 
 library = torch.library.Library("stella_kernels", "DEF")
 
@@ -51,7 +51,7 @@ def _of_negated_views(signature: type[Signature]) -> Callable[..., Any]:
     return positional(signature, serve)
 
 
-for _signature in SIGNATURES:
+for _signature in (*SIGNATURES, *PHASES):
     library.define(_signature.schema())
     library.impl(_signature.name, REFERENCE[_signature.name], "CompositeExplicitAutograd")
     library.impl(_signature.name, _of_negated_views(_signature), "Negative")

@@ -125,6 +125,91 @@ class StellaAdamWStep(Signature):
     hyperparameters: Tensor
 
 
+# The phases of a step over factors whose rows are spread over processes (docs/design.md 3.6). Each process calls them
+# with its own rows of every factor, (n_i, r), any n_i, none too, and adds up what ``sums`` and ``grams`` hold over the
+# processes in between. Both are flat and of the arithmetic's dtype, for one factor after another:
+#
+#     sums    K = ∇ᵀY (r, r), the upper triangle of C = YᵀY by rows, and ‖∇‖_F
+#     grams   A = YᵀΔ (r, r), and the upper triangle of D = ΔᵀΔ by rows
+#
+# The sum of the processes' norms is above the norm of all rows: a bound, finite wherever every gradient is. What may be
+# wrong (values that are not finite, overflow, drift) is for the caller to see in ``sums``, before anything is written.
+
+
+@dataclass(frozen=True, slots=True)
+class GradientGram(Signature):
+    """``sums`` of these rows."""
+
+    name: ClassVar[str] = "gradient_gram"
+    gradients: list[Tensor]
+    factors: list[Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class RiemannianGradientRows(Signature):
+    """∇ ← ∇ − Y K in place; each factor is copied to its snapshot, where there are any. Returns (0,)."""
+
+    name: ClassVar[str] = "riemannian_gradient_rows_"
+    gradients: list[Tensor] = field(metadata=WRITTEN)
+    factors: list[Tensor]
+    snapshots: list[Tensor] = field(metadata=WRITTEN)
+    sums: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RetractGram(Signature):
+    """``grams`` of these rows, Δ = (moved − previous) / divisor."""
+
+    name: ClassVar[str] = "retract_gram"
+    moved: list[Tensor]
+    previous: list[Tensor]
+    divisors: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class RetractRows(Signature):
+    """moved ← uf(Y + Δ) in place, Y = previous, of all rows of a factor, of which these are some; info.
+
+    A step that is too long for its round-off to be bounded has a large residual: a retraction of what was stored then
+    takes it to round-off. Status 2, and nothing written of that factor: Y + Δ is rank deficient to working precision.
+    """
+
+    name: ClassVar[str] = "retract_rows_"
+    moved: list[Tensor] = field(metadata=WRITTEN)
+    previous: list[Tensor]
+    divisors: list[float]
+    sums: Tensor
+    grams: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AdamWGram(Signature):
+    """The moments are advanced in place, as stella_adamw_ does; ``grams`` of the steps Δ, and the steps themselves.
+
+    The steps are of the arithmetic's dtype, and laid out as the implementation likes, one factor after another.
+    """
+
+    name: ClassVar[str] = "adamw_gram_"
+    returns: ClassVar[int] = 2
+    factors: list[Tensor]
+    gradients: list[Tensor]
+    exp_avgs: list[Tensor] = field(metadata=WRITTEN)
+    exp_avg_sqs: list[Tensor] = field(metadata=WRITTEN)
+    sums: Tensor
+    hyperparameters: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AdamWRows(Signature):
+    """Y ← uf(Y + Δ') in place, Δ' the tangent projection of the steps of ``adamw_gram_``; info as of retract_rows_."""
+
+    name: ClassVar[str] = "adamw_rows_"
+    factors: list[Tensor] = field(metadata=WRITTEN)
+    steps: Tensor
+    sums: Tensor
+    grams: Tensor
+
+
 # The adapter. Everything is computed in y's dtype (the base layer's, so autocast's inside autocast): x and the factors
 # are cast to it where they differ, and the factors' gradients return in the factors' own dtype. y, x and grad_x are
 # (T, m), (T, n) and (T, n). The seed is an int64 scalar on x's device, None when p is 0.
@@ -199,3 +284,6 @@ SIGNATURES: tuple[type[Signature], ...] = (
     *(PhiloxDropout, AdapterForward, AdapterProduct, AdapterBackward),
 )
 OPERATORS = tuple(signature.name for signature in SIGNATURES)
+PHASES: tuple[type[Signature], ...] = (
+    *(GradientGram, RiemannianGradientRows, RetractGram, RetractRows, AdamWGram, AdamWRows),
+)

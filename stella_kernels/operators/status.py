@@ -8,9 +8,13 @@
 
 It is on the CPU, but of an operator over lists that Triton serves on the factors' device, so that nothing has to wait
 for it. ``csrc/cpu/common/kernels.h`` has the same codes.
+
+Below that, how long the flat buffers are that the phases of a step exchange (``signatures.PHASES``).
 """
 
 from __future__ import annotations
+
+import torch
 
 STATUS_OK = 0
 STATUS_NON_FINITE = 1
@@ -23,3 +27,18 @@ PATH_SVD = 2
 
 RESIDUAL, DRIFT = 1, 4  # columns
 INFO_COLUMNS = 5
+
+
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which factors of that dtype are computed with."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def sums_words(r: int) -> int:
+    """Words of ``sums`` a factor."""
+    return grams_words(r) + 1
+
+
+def grams_words(r: int) -> int:
+    """Words of ``grams`` a factor."""
+    return r * r + r * (r + 1) // 2

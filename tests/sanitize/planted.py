@@ -1,11 +1,13 @@
 """Faults on purpose, each in a process of its own: whether the sanitized library reports every one.
 
-A tensor whose storage was made one element shorter says that it has that element; the operator believes it.
+A tensor over memory that was allocated one element too short says that it has that element; the operator believes it
+(of a storage that torch knows to be too short it would not).
 ``python -m tests.sanitize.planted`` prints a line for each operator and argument.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import tempfile
@@ -57,11 +59,22 @@ def _report(call: Callable[[], object]) -> tuple[bool, str]:
         return status != 0, out.read().decode(errors="replace")
 
 
+def _of_short_memory(tensor: Tensor) -> Tensor:
+    """The tensor's values but the last, in memory that ends before it."""
+    malloc = ctypes.CDLL(None).malloc
+    malloc.restype, malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    tensor = tensor.contiguous()
+    short = tensor.nbytes - tensor.element_size()
+    address = malloc(short)
+    ctypes.memmove(address, tensor.data_ptr(), short)
+    memory = (ctypes.c_char * tensor.nbytes).from_address(address)
+    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
+
+
 def _short(operator: str, argument: str) -> None:
     arguments = _calls()[operator]
-    tensor = arguments[argument][0] if isinstance(arguments[argument], list) else arguments[argument]
-    storage = tensor.untyped_storage()
-    storage.resize_(storage.nbytes() - tensor.element_size())
+    value = arguments[argument]
+    arguments[argument] = [_of_short_memory(value[0])] if isinstance(value, list) else _of_short_memory(value)
     getattr(KERNELS, operator)(*arguments.values())
 
 
