@@ -151,12 +151,10 @@ def _described(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}{layout}"
 
 
-def _check_lists(
-    operator: str, main: str, factors: Sequence[Tensor], some: bool = False, **lists: Sequence[Tensor]
-) -> None:
+def _check_lists(operator: str, main: str, factors: Sequence[Tensor], /, *some: str, **lists: Sequence[Tensor]) -> None:
     """Raise unless the lists are as long as ``main``'s, and each tensor is like the factor of its place.
 
-    ``some``: of a factor's rows, which may be fewer than its columns.
+    With 'some', they are some of a factor's rows, which may be fewer than its columns.
     """
     for name, tensors in lists.items():
         if len(tensors) != len(factors):
@@ -263,17 +261,17 @@ def _check_flat(operator: str, name: str, flat: Tensor, factors: Sequence[Tensor
 
 
 def _gradient_gram(a: signatures.GradientGram) -> None:
-    _check_lists(a.name, "factors", a.factors, True, gradients=a.gradients)
+    _check_lists(a.name, "factors", a.factors, "some", gradients=a.gradients)
 
 
 def _riemannian_gradient_rows_(a: signatures.RiemannianGradientRows) -> None:
     snapshots = {"snapshots": a.snapshots} if a.snapshots else {}
-    _check_lists(a.name, "factors", a.factors, True, gradients=a.gradients, **snapshots)
+    _check_lists(a.name, "factors", a.factors, "some", gradients=a.gradients, **snapshots)
     _check_flat(a.name, "sums", a.sums, a.factors, sums_words)
 
 
 def _retract_gram(a: signatures.RetractGram | signatures.RetractRows) -> None:
-    _check_lists(a.name, "moved", a.moved, True, previous=a.previous)
+    _check_lists(a.name, "moved", a.moved, "some", previous=a.previous)
     _check_numbers(a.name, a.divisors, len(a.moved))
 
 
@@ -285,13 +283,13 @@ def _retract_rows_(a: signatures.RetractRows) -> None:
 
 def _adamw_gram_(a: signatures.AdamWGram) -> None:
     lists = {"gradients": a.gradients, "exp_avgs": a.exp_avgs, "exp_avg_sqs": a.exp_avg_sqs}
-    _check_lists(a.name, "factors", a.factors, True, **lists)
+    _check_lists(a.name, "factors", a.factors, "some", **lists)
     _check_flat(a.name, "sums", a.sums, a.factors, sums_words)
     check_hyperparameters(a)
 
 
 def _adamw_rows_(a: signatures.AdamWRows) -> None:
-    _check_lists(a.name, "factors", a.factors, True)
+    _check_lists(a.name, "factors", a.factors, "some")
     _check_flat(a.name, "sums", a.sums, a.factors, sums_words)
     _check_flat(a.name, "grams", a.grams, a.factors, grams_words)
 

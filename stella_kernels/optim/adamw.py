@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from ..checks import NonFiniteError, OffManifoldError, check_choice
+from ..checks import OffManifoldError, check_choice
+from ..distributed.adamw import ShardedAdamW, ShardedSlot
+from ..distributed.rows import is_sharded
 from ..nn import StiefelFactor
 from ..operators.status import DRIFT, RESIDUAL, STATUS_OK, STATUS_OVERFLOW
 from ..reference import stiefel
@@ -26,7 +28,10 @@ from .plan import (
     check_state_dict,
     groups_of,
     reasons_to_skip,
+    refuse_gradients,
+    refuse_large,
     refuse_options,
+    refuse_stuck,
     settled,
     step_free,
 )
@@ -221,10 +226,15 @@ class StellaAdamW(AdamW):
         self._guard.watch([f for f in factors if not self._guard.watches(f)])
         self._roster.constrain(factors)
         self._factors = tuple(factors)
-        self._slots = [Slot(i, f, self._hidden_size) for i, f in enumerate(factors)]
-        self._slot_of = {id(f.parameter): slot for f, slot in zip(factors, self._slots, strict=True)}
+        everyone = [(i, f, is_sharded(f.parameter)) for i, f in enumerate(factors)]
+        self._slots = [Slot(i, f, self._hidden_size) for i, f, sharded in everyone if not sharded]
+        self._sharded = ShardedAdamW([ShardedSlot(i, f, self._hidden_size) for i, f, sharded in everyone if sharded])
+        slots: list[Slot | ShardedSlot] = [*self._slots, *self._sharded.slots]
+        self._slot_of = {id(slot.parameter): slot for slot in slots}
         self._plan: Plan | None = None
         held = {id(p) for group in self.param_groups for p in group["params"]}
+        if self._coupled and self._sharded.slots:
+            raise ValueError("coupled: found True and sharded factors, whose S is sharded as well, wanted False.")
         self._couplings = Couplings(factors, held) if self._coupled else None
 
     @torch.no_grad()
@@ -244,26 +254,55 @@ class StellaAdamW(AdamW):
             self._admit(new)
             free, _ = self._free_parameters()
         active = [slot for slot in self._slots if slot.parameter.grad is not None]
-        self._roster.check_moving(self._factors, len(active))
+        moving = [slot for slot in self._sharded.slots if slot.parameter.grad is not None]
+        self._roster.check_moving(self._factors, len(active) + len(moving))
         # a write to .data can be brought back before the step only where every factor is measured
         self._guard.before_step(self._guard.policy == "retract", self._roster.family.members)
+        whole = [[p for p in parameters if not is_sharded(p)] for parameters in free] if self._sharded.slots else free
+        causes = self._begin_sharded(free) if moving else []
         if self.skip_nonfinite:
-            if causes := reasons_to_skip(self._slots, active, free):
+            if causes := reasons_to_skip(self._slots, active, whole) + causes:
                 targets.refuse_values(self._factors, "Nothing was changed by this step")
                 self.skipped.update(causes)
                 return
         else:
+            refuse_gradients(self._factors, causes)
             targets.check_finite_cores([slot.factor for slot in active], self._factors)
         try:
-            moved_elsewhere = self._step_factors(active, free) if active else None
+            self._refuse_large([slot.factor for slot in self._sharded.large])
+            moved_elsewhere = self._step_factors(active, whole) if active else None
         except SkippedStep as left_out:
             self.skipped.update(left_out.args[0])
             return
+        if moving:
+            self._finish_sharded(active)
         for group, parameters in zip(self.param_groups, free, strict=True):
             if parameters:
                 step_free(self, group, parameters)
         if moved_elsewhere is not None:
             raise moved_elsewhere
+
+    def _begin_sharded(self, free: list[list[Tensor]]) -> list[str]:
+        """The sums of sharded factors, of which nothing is written yet; names of gradients that are not finite."""
+        watched = [p for parameters in free for p in parameters]
+        causes = self._sharded.begin(watched)
+        factors = [slot.factor for slot in self._sharded.active]
+        if self._guard.judge(factors, self._sharded.drifts, "Nothing was changed by this step"):
+            causes = self._sharded.begin(watched)  # from where they were brought back to
+        return causes
+
+    def _finish_sharded(self, active: list[Slot]) -> None:
+        moving = self._sharded.active
+        info = self._sharded.finish(self.state, self.param_groups)
+        rows = [(slot.index, row) for slot, row in zip(moving, info, strict=True)]
+        if active and self.last_info is not None:
+            rows += [(slot.index, row) for slot, row in zip(active, self.last_info, strict=True)]
+        self.last_info = torch.stack([row for _, row in sorted(rows, key=lambda each: each[0])])
+        good = [found[0] == STATUS_OK for found in info.tolist()]
+        factors = [slot.factor for slot, ok in zip(moving, good, strict=True) if ok]
+        self._guard.after_step(factors, info[good][:, RESIDUAL].tolist())
+        if len(factors) < len(moving):
+            refuse_stuck(self._guard, [slot.factor for slot, ok in zip(moving, good, strict=True) if not ok])
 
     def _free_parameters(self) -> tuple[list[list[Tensor]], list[StiefelFactor]]:
         """The unconstrained parameters of each group that have a gradient, and factors of the model among them.
@@ -312,8 +351,11 @@ class StellaAdamW(AdamW):
         rates = [float(group["lr"]) for group in self.param_groups]
         if len(plan.calls) > 1:
             # one call writes nothing when it refuses a gradient; several have to be checked beforehand
-            self._refuse_gradients([s for s, g in zip(active, gradients, strict=True) if not bool(g.isfinite().all())])
-            self._refuse_large(plan.overflows(gradients, known))
+            refuse_gradients(
+                self._factors,
+                [s.factor.name for s, g in zip(active, gradients, strict=True) if not bool(g.isfinite().all())],
+            )
+            self._refuse_large([slot.factor for slot in plan.overflows(gradients, known)])
         return self._finish(active, plan.run(gradients, known, rates))
 
     def _planned(self, active: list[Slot]) -> Plan:
@@ -335,8 +377,8 @@ class StellaAdamW(AdamW):
         if any(status):
             done = [slot for slot, s in zip(active, status, strict=True) if s == STATUS_OK]
             stuck = [slot for slot, s in zip(active, status, strict=True) if s != STATUS_OK]
-            self._refuse_gradients([slot for slot in stuck if not bool(slot.gradient().isfinite().all())])
-            self._refuse_large([slot for slot, s in zip(active, status, strict=True) if s == STATUS_OVERFLOW])
+            refuse_gradients(self._factors, [s.factor.name for s in stuck if not bool(s.gradient().isfinite().all())])
+            self._refuse_large([slot.factor for slot, s in zip(active, status, strict=True) if s == STATUS_OVERFLOW])
         for slot in done:
             if slot.fresh:  # kept only now, so that a step that raises leaves no state behind
                 self.state[slot.parameter] = slot.state
@@ -346,34 +388,12 @@ class StellaAdamW(AdamW):
             torch._foreach_add_([slot.step for slot in done], torch.tensor(1.0, device="cpu"), alpha=1.0)
         self.last_info = info
         if stuck:
-            self._raise_stuck([slot.factor for slot in stuck])
+            refuse_stuck(self._guard, [slot.factor for slot in stuck])
         return self._judge(active, info)
 
-    def _raise_stuck(self, stuck: list[StiefelFactor]) -> NoReturn:
-        names = ", ".join(f.name for f in stuck)
-        state = f"The step was not taken for {names}, the other factors have taken it"
-        targets.refuse_values(stuck, state)
-        self._guard.refuse_far(stuck, state)
-        raise NonFiniteError(
-            f"a moment of {names} holds NaN or an infinity, or the learning rate moves it out of range. {state}, so go "
-            "on from a checkpoint.",
-            [f.name for f in stuck],
-        )
-
-    def _refuse_large(self, slots: list[Slot]) -> None:
-        """Of gradients whose moments would overflow; no parameter and no moment has been written."""
-        if not slots:
-            return
-        names = [slot.factor.name for slot in slots]
-        self._guard.refuse_far([slot.factor for slot in slots], "No parameter and no moment was changed")
-        if self.skip_nonfinite:
-            raise SkippedStep(names)
-        raise NonFiniteError(
-            f"the gradient of {', '.join(names)} is finite and so large that its square overflows; no parameter and no "
-            "moment was changed. Zero the gradients and look at the loss of this batch, clip them, or leave such steps "
-            "out: skip_nonfinite=True.",
-            names,
-        )
+    def _refuse_large(self, factors: list[StiefelFactor]) -> None:
+        if factors:
+            refuse_large(self._guard, factors, self.skip_nonfinite)
 
     def _judge(self, active: list[Slot], info: Tensor) -> OffManifoldError | None:
         factors = [slot.factor for slot in active]
@@ -385,13 +405,3 @@ class StellaAdamW(AdamW):
             found = error
         self._guard.after_step(factors, info[:, RESIDUAL].tolist())
         return found
-
-    def _refuse_gradients(self, slots: list[Slot]) -> None:
-        if slots:
-            names = [slot.factor.name for slot in slots]
-            targets.refuse_values(self._factors, "No parameter and no moment was changed")
-            raise NonFiniteError(
-                f"the gradient of {', '.join(names)} holds NaN or an infinity; no parameter and no moment was changed. "
-                "Zero the gradients and look at the loss of this batch, or leave such steps out: skip_nonfinite=True.",
-                names,
-            )

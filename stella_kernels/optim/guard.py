@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import OffManifoldError, check_choice
+from ..distributed import measures
+from ..distributed.rows import is_sharded
 from ..nn import StiefelFactor, lost_masters, orthonormality_tolerance
 from ..operators.memory import has_memory
 from ..reference import stiefel
@@ -65,7 +67,8 @@ class Guard:
         for factor in factors:
             p, found = factor.parameter, orthonormality_tolerance(factor) / 2
             mark = self._marks[id(p)] = _Mark(p.data_ptr(), p._version, p.shape, _round_off(factor), found)
-            self._all.append((factor, p, mark))
+            if not is_sharded(p):  # else every step measures it
+                self._all.append((factor, p, mark))
         self._allowed_to_all = min((mark.slack for mark in self._marks.values()), default=math.inf)
 
     def watches(self, factor: StiefelFactor) -> bool:
@@ -132,8 +135,10 @@ class Guard:
         self.judge(touched, [distance(f) for f in touched], "Nothing was changed by this step")
         self.settle(touched)
 
-    def judge(self, factors: Sequence[StiefelFactor], drifts: Sequence[float], state: str) -> None:
+    def judge(self, factors: Sequence[StiefelFactor], drifts: Sequence[float], state: str) -> bool:
         """Raise for factors found farther from their manifolds than the last step left them, or retract those.
+
+        Returns whether any was retracted.
 
         Args:
             factors: those measured.
@@ -141,15 +146,15 @@ class Guard:
             state: what has become of the step, for the message.
         """
         if all(map(self._allowed_to_all.__ge__, drifts)):  # False of NaN
-            return
+            return False
         marks = self._marks
         off = [(f, d) for f, d in zip(factors, drifts, strict=True) if not d <= marks[id(f.parameter)].allowed]
         if not off:
-            return
+            return False
         targets.refuse_values([f for f, d in off if not math.isfinite(d)], state)
         if self.policy == "retract":
             retract([f for f, _ in off])
-            return
+            return True
         # of a finite value, however large, that no sum of squares can hold
         worst, drift = max(((f, d if d < math.inf else math.inf) for f, d in off), key=lambda each: each[1])
         names = [f.name for f, _ in off]
@@ -166,7 +171,7 @@ class Guard:
     def after_step(self, factors: Sequence[StiefelFactor], residuals: Sequence[float]) -> None:
         """Remember how a step left them; ``residuals`` are ``‖QᵀQ − I‖`` of its retractions."""
         moved = self._all
-        if len(factors) < len(moved):
+        if len(factors) != len(moved) or (moved and factors[0] is not moved[0][0]):
             moved = [(f, f.parameter, self._marks[id(f.parameter)]) for f in factors]
         for (_, p, mark), residual in zip(moved, residuals, strict=True):
             mark.pointer = p.data_ptr()
@@ -194,6 +199,8 @@ def _round_off(factor: StiefelFactor) -> float:
 
 def distance(factor: StiefelFactor) -> float:
     """‖YᵀY − I‖ in Frobenius norm, in float32 at least and outside autocast."""
+    if is_sharded(factor.parameter):
+        return measures.distances([factor])[0]
     view = factor.view.float() if factor.parameter.dtype in targets.HALF_DTYPES else factor.view
     with torch.autocast(view.device.type, enabled=False):
         return float(stiefel.orthonormality_error(view))
@@ -217,6 +224,8 @@ def retract(target: nn.Module | Iterable[StiefelFactor | nn.Parameter]) -> None:
     factors = targets.resolve_factors(target)
     targets.check_shapes(factors)
     targets.refuse_values(factors, "Nothing was changed")
+    sharded = [f for f in factors if is_sharded(f.parameter)]
+    factors = [f for f in factors if not is_sharded(f.parameter)]
     wide = [f.view.float() if f.parameter.dtype in targets.HALF_DTYPES else f.view for f in factors]
     results = [torch.ops.stella_kernels.polar(Y, "auto")[0] for Y in wide]
     for factor, Y, Q in zip(factors, wide, results, strict=True):
@@ -227,6 +236,13 @@ def retract(target: nn.Module | Iterable[StiefelFactor | nn.Parameter]) -> None:
                 "again.",
                 [factor.name],
             )
+    if sharded and (bad := measures.retract(sharded)):
+        raise OffManifoldError(
+            f"{', '.join(bad)}: found values that are not finite or columns that are linearly dependent, wanted "
+            "independent ones: such a factor has no nearest point of its manifold. Nothing was changed; load a sound "
+            "checkpoint, or initialise it again.",
+            bad,
+        )
     for factor, Q in zip(factors, results, strict=True):
         factor.view.copy_(Q)
 

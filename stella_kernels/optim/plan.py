@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from operator import attrgetter, is_
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.adamw import adamw
 
+from ..checks import NonFiniteError
 from ..nn import StiefelFactor
 from ..operators.memory import has_memory
 from ..operators.status import INFO_COLUMNS, STATUS_OVERFLOW
 from ..reference import stiefel
 from . import targets
+from .guard import Guard
 
 # Columns of the operator's hyperparameters that are written at every step.
 LR, STEP = 0, 4
@@ -319,6 +321,44 @@ def check_state_dict(state_dict: dict[str, Any]) -> None:
 
 class SkippedStep(Exception):
     """A step left out before anything was changed, with the names of its causes."""
+
+
+def refuse_stuck(guard: Guard, stuck: Sequence[StiefelFactor]) -> NoReturn:
+    """Raise for factors whose step could not be taken, where the others have taken theirs."""
+    names = ", ".join(f.name for f in stuck)
+    state = f"The step was not taken for {names}, the other factors have taken it"
+    targets.refuse_values(stuck, state)
+    guard.refuse_far(stuck, state)
+    raise NonFiniteError(
+        f"a moment of {names} holds NaN or an infinity, or the learning rate moves it out of range. {state}, so go "
+        "on from a checkpoint.",
+        [f.name for f in stuck],
+    )
+
+
+def refuse_large(guard: Guard, factors: Sequence[StiefelFactor], skips: bool) -> NoReturn:
+    """Raise for gradients whose moments would overflow; no parameter and no moment has been written."""
+    names = [f.name for f in factors]
+    guard.refuse_far(factors, "No parameter and no moment was changed")
+    if skips:
+        raise SkippedStep(names)
+    raise NonFiniteError(
+        f"the gradient of {', '.join(names)} is finite and so large that its square overflows; no parameter and no "
+        "moment was changed. Zero the gradients and look at the loss of this batch, clip them, or leave such steps "
+        "out: skip_nonfinite=True.",
+        names,
+    )
+
+
+def refuse_gradients(factors: Sequence[StiefelFactor], names: Sequence[str]) -> None:
+    """Raise where there are names, of gradients that are not finite; no parameter and no moment has been written."""
+    if names:
+        targets.refuse_values(factors, "No parameter and no moment was changed")
+        raise NonFiniteError(
+            f"the gradient of {', '.join(names)} holds NaN or an infinity; no parameter and no moment was changed. "
+            "Zero the gradients and look at the loss of this batch, or leave such steps out: skip_nonfinite=True.",
+            names,
+        )
 
 
 def reasons_to_skip(slots: Sequence[Slot], active: Sequence[Slot], free: Sequence[Sequence[Tensor]]) -> list[str]:

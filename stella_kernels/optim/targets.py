@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..checks import NonFiniteError, check_float_tensor
+from ..distributed import measures
+from ..distributed.rows import is_sharded, why_not
 from ..nn import (
     StiefelFactor,
     lost_masters,
@@ -74,12 +76,8 @@ def _as_factor(index: int, item: StiefelFactor | nn.Parameter) -> StiefelFactor:
 def check_shapes(factors: Sequence[StiefelFactor]) -> None:
     """Raise ``TypeError`` or ``ValueError`` unless every factor is a dense floating-point matrix, tall as viewed."""
     for factor in factors:
-        if getattr(factor.parameter, "placements", None) is not None:
-            raise ValueError(
-                f"{factor.name}: found a {type(factor.parameter).__name__}, a parameter that is sharded over "
-                "processes, wanted a whole one: sharded factors cannot be constrained yet. Leave the adapters "
-                "out of fully_shard (ignored_params), or train with distributed data parallel."
-            )
+        if is_sharded(factor.parameter) and (reason := why_not(factor)):
+            raise ValueError(f"{factor.name}: {reason}.")
         check_float_tensor(factor.name, factor.parameter)
         if factor.parameter.dim() != 2:
             raise ValueError(
@@ -92,7 +90,7 @@ def check_shapes(factors: Sequence[StiefelFactor]) -> None:
                 f"{factor.name}: found shape {tuple(factor.parameter.shape)} with transposed={factor.transposed}, so "
                 f"n = {n} < r = {r}, wanted n >= r; pass StiefelFactor(..., transposed={not factor.transposed})."
             )
-        if not has_memory(factor.parameter):
+        if not is_sharded(factor.parameter) and not has_memory(factor.parameter):
             raise ValueError(
                 f"{factor.name}: found a parameter whose storage was freed, wanted one in memory; bring back what was "
                 "offloaded first."
@@ -152,8 +150,9 @@ def refuse_values(factors: Sequence[StiefelFactor], state: str) -> None:
     """
     values: dict[int, tuple[Tensor, str, str]] = {}
     for f in factors:
-        values.setdefault(id(f.parameter), (f.parameter.detach(), f.name, f.name))
-        if f.core is not None:
+        if not is_sharded(f.parameter):  # else the sums of the step have said so
+            values.setdefault(id(f.parameter), (f.parameter.detach(), f.name, f.name))
+        if f.core is not None and not is_sharded(f.core):
             values.setdefault(id(f.core), (f.core.detach(), f"the S beside {f.name}", f.name))
     bad = [(what, name) for v, what, name in values.values() if has_memory(v) and not bool(v.isfinite().all())]
     if bad:
@@ -166,7 +165,7 @@ def refuse_values(factors: Sequence[StiefelFactor], state: str) -> None:
 
 def check_finite_cores(factors: Sequence[StiefelFactor], everyone: Sequence[StiefelFactor]) -> None:
     """Raise ``NonFiniteError`` for an S whose gradient holds NaN or an infinity, named by a factor beside it."""
-    found = [(f.core, f.name) for f in reversed(factors) if f.core is not None]
+    found = [(f.core, f.name) for f in reversed(factors) if f.core is not None and not is_sharded(f.core)]
     cores = {id(core): (core.grad, name) for core, name in found}  # the first factor's name
     gradients = [(g, name) for g, name in cores.values() if g is not None and g.layout is torch.strided]
     if bad := [gradients[i][1] for i in non_finite([gradient for gradient, _ in gradients])]:
@@ -193,7 +192,11 @@ def check_masters(factors: Sequence[StiefelFactor]) -> None:
 
 def check_orthonormal(factors: Sequence[StiefelFactor]) -> None:
     """Raise ``NonFiniteError`` or ``ValueError`` unless every factor is finite and has orthonormal columns."""
+    sharded = [f for f in factors if is_sharded(f.parameter)]
+    errors = measures.distances(sharded) if sharded else []
+    factors = [f for f in factors if not is_sharded(f.parameter)]
     bad = [f.name for f in factors if not bool(f.view.isfinite().all())]
+    bad += [f.name for f, error in zip(sharded, errors, strict=True) if not math.isfinite(error)]
     if bad:
         raise NonFiniteError(
             f"target: {', '.join(bad)} held NaN or an infinity at attach, wanted orthonormal columns; "
@@ -202,7 +205,9 @@ def check_orthonormal(factors: Sequence[StiefelFactor]) -> None:
         )
     for factor in factors:
         view = factor.view.float() if factor.parameter.dtype in HALF_DTYPES else factor.view
-        error, tolerance = float(stiefel.orthonormality_error(view)), orthonormality_tolerance(factor)
+        errors.append(float(stiefel.orthonormality_error(view)))
+    for factor, error in zip([*sharded, *factors], errors, strict=True):
+        view, tolerance = factor.view, orthonormality_tolerance(factor)
         if not error <= tolerance:
             raise ValueError(
                 f"{factor.name}: found columns with ‖QᵀQ − I‖ = {error:.3g}, wanted at most {tolerance:.3g} for shape "

@@ -1,0 +1,76 @@
+"""What the sums over all rows say of a step before anything is written: the same on every process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..operators.status import sums_words
+from .reduction import Call
+
+
+@dataclass
+class Verdict:
+    """Of the factors of a step, in their order.
+
+    Attributes:
+        drifts: ``‖YᵀY − I‖_F`` as the step begins, NaN of a value that is not finite.
+        values: places of factors that hold NaN or an infinity.
+        gradients: places of gradients that do.
+        large: places of finite gradients that may overflow: ``‖∇‖_F + 2 ‖∇ᵀY‖_F``, a bound on the elements of
+            ``∇ − Y ∇ᵀY`` for ``‖Y‖₂ ≤ 2``, or for AdamW its square, is above half of what the dtype holds.
+    """
+
+    drifts: list[float]
+    values: list[int] = field(default_factory=list)
+    gradients: list[int] = field(default_factory=list)
+    large: list[int] = field(default_factory=list)
+
+
+def verdict(calls: Sequence[Call], sums: Sequence[Tensor], squares: bool) -> Verdict:
+    """Read the sums, each once: a GPU is waited for."""
+    count = sum(len(call.rows) for call in calls)
+    found = Verdict([0.0] * count)
+    for call, flat in zip(calls, sums, strict=True):
+        here = flat.double().cpu()
+        begin = 0
+        for r, places in _runs(call):
+            words = sums_words(r)
+            block = here[begin : begin + len(places) * words].view(len(places), words)
+            begin += block.numel()
+            most = torch.finfo(call.rows[0].factor.parameter.dtype).max / 2
+            _judge(found, block, r, places, math.sqrt(most) if squares else most)
+    for places in (found.values, found.gradients, found.large):
+        places.sort()
+    return found
+
+
+def _runs(call: Call) -> list[tuple[int, list[int]]]:
+    """Consecutive factors of one rank."""
+    runs: list[tuple[int, list[int]]] = []
+    for place, rows in zip(call.places, call.rows, strict=True):
+        if not runs or runs[-1][0] != rows.r:
+            runs.append((rows.r, []))
+        runs[-1][1].append(place)
+    return runs
+
+
+def _judge(found: Verdict, block: Tensor, r: int, places: Sequence[int], most: float) -> None:
+    i, j = torch.triu_indices(r, r, device="cpu")
+    once = torch.where(i == j, 1.0, 2.0).double()  # how often an element of the triangle is in the whole
+    K, C, norm = block[:, : r * r], block[:, r * r : -1], block[:, -1]
+    drift = ((C - (i == j).double()).square() * once).sum(1).sqrt()
+    bound = norm + 2.0 * torch.linalg.vector_norm(K, dim=1)
+    rows = zip(places, drift.tolist(), norm.tolist(), bound.tolist(), strict=True)
+    for place, drift_of, norm_of, bound_of in rows:
+        found.drifts[place] = drift_of
+        if not math.isfinite(drift_of):
+            found.values.append(place)
+        if not math.isfinite(norm_of):
+            found.gradients.append(place)
+        elif not bound_of <= most and math.isfinite(drift_of):
+            found.large.append(place)
