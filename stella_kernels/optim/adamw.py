@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from ..checks import OffManifoldError, check_choice
+from ..checks import OffManifoldError
 from ..distributed.adamw import ShardedAdamW, ShardedSlot
 from ..distributed.rows import is_sharded
 from ..nn import StiefelFactor
 from ..operators.status import DRIFT, RESIDUAL, STATUS_OK, STATUS_OVERFLOW
-from ..reference import stiefel
 from . import targets
 from .coupling import Couplings
 from .guard import Guard
@@ -31,6 +30,7 @@ from .plan import (
     refuse_gradients,
     refuse_large,
     refuse_options,
+    refuse_retraction,
     refuse_stuck,
     settled,
     step_free,
@@ -117,12 +117,7 @@ class StellaAdamW(AdamW):
         foreach: bool | None = None,
         fused: bool | None = None,
     ) -> None:
-        check_choice("retraction", retraction, tuple(stiefel.RETRACTIONS))
-        if retraction != "polar":
-            raise ValueError(
-                f"retraction: found {retraction!r}, wanted 'polar', the one StellaAdamW fuses; for others use "
-                f"attach(torch.optim.AdamW(...), model, retraction={retraction!r})."
-            )
+        refuse_retraction(retraction)
         refuse_options({"amsgrad": amsgrad})
         model = params if isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList) else None
         if factors is None and model is None:
@@ -269,7 +264,7 @@ class StellaAdamW(AdamW):
             refuse_gradients(self._factors, causes)
             targets.check_finite_cores([slot.factor for slot in active], self._factors)
         try:
-            self._refuse_large([slot.factor for slot in self._sharded.large])
+            refuse_large(self._guard, [slot.factor for slot in self._sharded.large], self.skip_nonfinite)
             moved_elsewhere = self._step_factors(active, whole) if active else None
         except SkippedStep as left_out:
             self.skipped.update(left_out.args[0])
@@ -294,13 +289,13 @@ class StellaAdamW(AdamW):
     def _finish_sharded(self, active: list[Slot]) -> None:
         moving = self._sharded.active
         info = self._sharded.finish(self.state, self.param_groups)
-        rows = [(slot.index, row) for slot, row in zip(moving, info, strict=True)]
-        if active and self.last_info is not None:
-            rows += [(slot.index, row) for slot, row in zip(active, self.last_info, strict=True)]
-        self.last_info = torch.stack([row for _, row in sorted(rows, key=lambda each: each[0])])
+        places = torch.tensor([slot.index for slot in [*moving, *active]], device="cpu")
+        parts = [info, self.last_info] if active and self.last_info is not None else [info]
+        self.last_info = torch.cat(parts)[places.argsort()]
         good = [found[0] == STATUS_OK for found in info.tolist()]
         factors = [slot.factor for slot, ok in zip(moving, good, strict=True) if ok]
         self._guard.after_step(factors, info[good][:, RESIDUAL].tolist())
+        self._guard.settle(factors)
         if len(factors) < len(moving):
             refuse_stuck(self._guard, [slot.factor for slot, ok in zip(moving, good, strict=True) if not ok])
 
@@ -355,7 +350,7 @@ class StellaAdamW(AdamW):
                 self._factors,
                 [s.factor.name for s, g in zip(active, gradients, strict=True) if not bool(g.isfinite().all())],
             )
-            self._refuse_large([slot.factor for slot in plan.overflows(gradients, known)])
+            refuse_large(self._guard, [slot.factor for slot in plan.overflows(gradients, known)], self.skip_nonfinite)
         return self._finish(active, plan.run(gradients, known, rates))
 
     def _planned(self, active: list[Slot]) -> Plan:
@@ -378,7 +373,8 @@ class StellaAdamW(AdamW):
             done = [slot for slot, s in zip(active, status, strict=True) if s == STATUS_OK]
             stuck = [slot for slot, s in zip(active, status, strict=True) if s != STATUS_OK]
             refuse_gradients(self._factors, [s.factor.name for s in stuck if not bool(s.gradient().isfinite().all())])
-            self._refuse_large([slot.factor for slot, s in zip(active, status, strict=True) if s == STATUS_OVERFLOW])
+            large = [slot.factor for slot, s in zip(active, status, strict=True) if s == STATUS_OVERFLOW]
+            refuse_large(self._guard, large, self.skip_nonfinite)
         for slot in done:
             if slot.fresh:  # kept only now, so that a step that raises leaves no state behind
                 self.state[slot.parameter] = slot.state
@@ -390,10 +386,6 @@ class StellaAdamW(AdamW):
         if stuck:
             refuse_stuck(self._guard, [slot.factor for slot in stuck])
         return self._judge(active, info)
-
-    def _refuse_large(self, factors: list[StiefelFactor]) -> None:
-        if factors:
-            refuse_large(self._guard, factors, self.skip_nonfinite)
 
     def _judge(self, active: list[Slot], info: Tensor) -> OffManifoldError | None:
         factors = [slot.factor for slot in active]

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..distributed.attachment import ShardedFactors
+from ..distributed.rows import is_sharded
 from ..nn import StiefelFactor
 from ..operators.status import DRIFT, INFO_COLUMNS, RESIDUAL, STATUS_OK, STATUS_OVERFLOW
 from ..reference import stiefel
@@ -23,7 +25,7 @@ from .interruption import Postponed
 from .memory import Memory
 from .quotient import Product, QuotientStep
 from .roster import Family, Roster
-from .stiefel_step import check_gradients, refuse_large, refuse_moves, refuse_non_finite, retract_moved
+from .stiefel_step import begin_sharded, check_gradients, refuse_large, refuse_moves, refuse_non_finite, retract_moved
 
 # Which attachments an optimizer has; weak on both sides, so that neither is kept alive.
 _attachments: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[Attachment]] = weakref.WeakKeyDictionary()
@@ -75,6 +77,7 @@ class Attachment:
         self._guard = Guard((), settings.on_foreign_move)
         self._constrained: dict[int, str] = {}  # id of the parameter: name
         self._memory = Memory()
+        self._sharded = ShardedFactors()
         self._divisors: list[float] = []
         self._number = next(_numbers)  # in the order of hooks
         self._planned: tuple[list[int], dict[int, Tensor]] | None = None  # checked, and not rewritten yet
@@ -117,6 +120,8 @@ class Attachment:
         for factor in factors:
             self._constrained[id(factor.parameter)] = factor.name
             divisor = stiefel.gradient_scaling_divisor(factor.view.shape[0], self._settings.hidden_size)
+            if is_sharded(factor.parameter):
+                self._sharded.add(len(self._divisors), factor, divisor)
             self._divisors.append(divisor)
         self._memory.add(factors)
         self._guard.watch(factors)
@@ -139,37 +144,22 @@ class Attachment:
         self._look(optimizer)
         self._unevaluated = True
         self._postponed.begin()
-        evaluate = self._evaluated_here(optimizer, closure)
+        evaluate = wrappers.followed(closure, partial(self._after_closure, optimizer), self._postponed.end)
         if len(args) > 1:
             return (args[0], evaluate, *args[2:]), kwargs
         return args, {**kwargs, "closure": evaluate}
 
-    def _evaluated_here(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """The closure, after which the gradients are made Riemannian; only at the point where the step began."""
-
-        def evaluate() -> Any:
-            try:
-                loss = closure()
-            except BaseException:
-                self._postponed.end()
-                raise
-            with torch.no_grad():
-                if not all(map(self._guard.untouched, self.factors)):
-                    if self._active is not None:
-                        self._restore(self._active)
-                        self._guard.settle(self.factors)
-                        self._active = None
-                    raise RuntimeError(
-                        "closure: it was evaluated a second time within one step, where a constrained factor had moved "
-                        "already, wanted one evaluation before anything moves: gradients at different points of the "
-                        "manifold cannot be combined. Optimizers that search along a line, such as LBFGS, cannot be "
-                        "attached; the constrained factors were put back, other parameters may have moved."
-                    )
-                self._unevaluated = False
-                self._begin(optimizer)
-            return loss
-
-        return evaluate
+    @torch.no_grad()
+    def _after_closure(self, optimizer: Optimizer) -> None:
+        """The gradients are made Riemannian; only at the point where the step began."""
+        if not all(map(self._guard.untouched, self.factors)):
+            if self._active is not None:
+                self._restore(self._active)
+                self._guard.settle(self.factors)
+                self._active = None
+            wrappers.refuse_second_evaluation()
+        self._unevaluated = False
+        self._begin(optimizer)
 
     def _company(self) -> list[Attachment]:
         """Those that act on the same optimizers, in the order in which their hooks run; this one too."""
@@ -220,8 +210,9 @@ class Attachment:
         self._roster.check_held(self.factors, held)
         if new := self._roster.newcomers(moving):
             self._admit(optimizer, new)
-        active = [i for i, f in enumerate(self.factors) if f.parameter.grad is not None]
-        self._roster.check_moving(self.factors, len(active))
+        moved = [(i, is_sharded(f.parameter)) for i, f in enumerate(self.factors) if f.parameter.grad is not None]
+        self._roster.check_moving(self.factors, len(moved))
+        active = [i for i, sharded in moved if not sharded]
         self._memory.follow(active)
         gradients = {i: targets.tall_gradient(self.factors[i]) for i in active}
         targets.check_finite_cores([self.factors[i] for i in active], self.factors)
@@ -231,6 +222,7 @@ class Attachment:
             check_gradients(self.factors, gradients, self._memory.views if exact else None)
         if self._quotient is not None:
             self._quotient.prepare(gradients, self._memory.views)
+        begin_sharded(self._sharded, self._guard)
         return active, gradients
 
     def _rewrite(self, active: list[int], gradients: dict[int, Tensor]) -> None:
@@ -245,6 +237,7 @@ class Attachment:
         for group in groups if self._quotient is not None else ():
             torch._foreach_copy_([self._memory.snapshot(i) for i in group], [self._memory.views[i] for i in group])
         self._judge_drift(active, drift)
+        self._sharded.rewrite()
         self._drift = drift
         self._active = active
 
@@ -328,16 +321,20 @@ class Attachment:
                 info[active] = self._quotient.retract(before, self._memory.views, self._divisors)
             for group in self._memory.groups(active) if self._quotient is None else ():
                 info[group] = self._retract(group).to(info.device)
+            if self._quotient is None:
+                info[:, DRIFT] = self._drift
+            if self._sharded.active:
+                info[self._sharded.active] = self._sharded.retract()
         except BaseException:
             self._restore(active)
             raise
-        if self._quotient is None:
-            info[:, DRIFT] = self._drift
+        active = sorted([*active, *self._sharded.active])
         self.last_info = info[active]
         if not bool(self.last_info[:, 0].any()):
             self._guard.after_step([self.factors[i] for i in active], self.last_info[:, RESIDUAL].tolist())
+            self._guard.settle(self._sharded.factors)
             return
-        self._restore(active)
+        self._restore([i for i in active if i not in self._sharded.active])
         refuse_moves({self.factors[i].name: int(info[i, 0]) for i in active}, self._settings.method)
 
     def _retract(self, group: list[int]) -> Tensor:
@@ -348,9 +345,10 @@ class Attachment:
     def _restore(self, active: list[int]) -> None:
         """Give every factor its value before the step, wherever it lies now."""
         self._memory.restore(active)
+        self._sharded.restore()
         if self._quotient is not None:
             self._quotient.restore()
-        self._guard.settle([self.factors[i] for i in active])
+        self._guard.settle([self.factors[i] for i in active] + self._sharded.factors)
 
     def _finish_interrupted_step(self) -> None:
         """The optimizer raised in the last step, before the second hook: what it had moved by then is retracted."""
@@ -358,6 +356,8 @@ class Attachment:
             return
         active, self._active = self._active, None
         self._postponed.end()
+        self._sharded.restore()
+        self._guard.settle(self._sharded.factors)
         self._memory.follow(active)
         touched = [i for i in active if not self._guard.untouched(self.factors[i])]
         moved = [i for i in touched if self._guard.off_manifold(self.factors[i])]  # else somebody has put it right

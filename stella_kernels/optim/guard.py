@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ class Guard:
         """From now on these too, which were just found to be orthonormal."""
         for factor in factors:
             p, found = factor.parameter, orthonormality_tolerance(factor) / 2
-            mark = self._marks[id(p)] = _Mark(p.data_ptr(), p._version, p.shape, _round_off(factor), found)
+            mark = self._marks[id(p)] = _Mark(*_trace(p), p.shape, _round_off(factor), found)
             if not is_sharded(p):  # else every step measures it
                 self._all.append((factor, p, mark))
         self._allowed_to_all = min((mark.slack for mark in self._marks.values()), default=math.inf)
@@ -79,7 +80,7 @@ class Guard:
         """Whether memory and version counter are as the last step left them."""
         parameter = factor.parameter
         mark = self._marks[id(parameter)]
-        return mark.version == parameter._version and mark.pointer == parameter.data_ptr()
+        return (mark.pointer, mark.version) == _trace(parameter)
 
     def off_manifold(self, factor: StiefelFactor) -> bool:
         """Whether it is farther from its manifold than the last step left it; measured."""
@@ -169,7 +170,10 @@ class Guard:
         )
 
     def after_step(self, factors: Sequence[StiefelFactor], residuals: Sequence[float]) -> None:
-        """Remember how a step left them; ``residuals`` are ``‖QᵀQ − I‖`` of its retractions."""
+        """Remember how a step left them; ``residuals`` are ``‖QᵀQ − I‖`` of its retractions.
+
+        Sharded ones are to be settled besides.
+        """
         moved = self._all
         if len(factors) != len(moved) or (moved and factors[0] is not moved[0][0]):
             moved = [(f, f.parameter, self._marks[id(f.parameter)]) for f in factors]
@@ -182,7 +186,13 @@ class Guard:
         """These were put back, or written by the step itself without moving: as they are, with what was allowed."""
         for factor in factors:
             mark = self._marks[id(factor.parameter)]
-            mark.pointer, mark.version = factor.parameter.data_ptr(), factor.parameter._version
+            mark.pointer, mark.version = _trace(factor.parameter)
+
+
+def _trace(parameter: Any) -> tuple[int, int]:
+    """Address and version counter, which tell of most writes; of the own part of a sharded parameter."""
+    local = parameter.detach().to_local() if is_sharded(parameter) else parameter
+    return local.data_ptr(), local._version
 
 
 def _round_off(factor: StiefelFactor) -> float:

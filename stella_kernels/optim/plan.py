@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.adamw import adamw
 
-from ..checks import NonFiniteError
+from ..checks import NonFiniteError, check_choice
 from ..nn import StiefelFactor
 from ..operators.memory import has_memory
 from ..operators.status import INFO_COLUMNS, STATUS_OVERFLOW
@@ -235,6 +235,16 @@ def groups_of(model: nn.Module, factors: Sequence[StiefelFactor]) -> list[dict[s
     ]
 
 
+def refuse_retraction(retraction: str) -> None:
+    """Raise ``ValueError`` for retractions that are not fused."""
+    check_choice("retraction", retraction, tuple(stiefel.RETRACTIONS))
+    if retraction != "polar":
+        raise ValueError(
+            f"retraction: found {retraction!r}, wanted 'polar', the one StellaAdamW fuses; for others use "
+            f"attach(torch.optim.AdamW(...), model, retraction={retraction!r})."
+        )
+
+
 def refuse_options(group: dict[str, Any]) -> None:
     """Raise ``ValueError`` for options of torch's AdamW that StellaAdamW does not have."""
     for option in ("amsgrad", "capturable", "differentiable"):
@@ -336,8 +346,10 @@ def refuse_stuck(guard: Guard, stuck: Sequence[StiefelFactor]) -> NoReturn:
     )
 
 
-def refuse_large(guard: Guard, factors: Sequence[StiefelFactor], skips: bool) -> NoReturn:
-    """Raise for gradients whose moments would overflow; no parameter and no moment has been written."""
+def refuse_large(guard: Guard, factors: Sequence[StiefelFactor], skips: bool) -> None:
+    """Raise where there are factors, whose moments would overflow; no parameter and no moment has been written."""
+    if not factors:
+        return
     names = [f.name for f in factors]
     guard.refuse_far(factors, "No parameter and no moment was changed")
     if skips:

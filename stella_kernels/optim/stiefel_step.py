@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from ..checks import NonFiniteError
+from ..distributed.adamw import refuse_values
+from ..distributed.attachment import ShardedFactors
+from ..distributed.rows import is_sharded
 from ..nn import StiefelFactor
 from ..nn.factors import tolerance_of
 from ..operators.status import DRIFT, STATUS_NON_FINITE, STATUS_OK, STATUS_OVERFLOW
 from ..reference import stiefel
 from . import targets
+from .guard import Guard
 
 
 def check_gradients(
@@ -40,6 +44,26 @@ def check_gradients(
                 large.append(factors[i].name)
     if large:
         refuse_large(large)
+
+
+def begin_sharded(sharded: ShardedFactors, guard: Guard) -> None:
+    """The sums over processes of sharded factors, once nothing in them speaks against the step; nothing is written."""
+    cores = {id(f.core): (f.core, f.name) for f in sharded.everyone if f.core is not None and is_sharded(f.core)}
+    watched = [(core.grad, name) for core, name in cores.values() if core.grad is not None]
+    begun = sharded.begin([grad for grad, _ in watched])
+    if begun is None:
+        return
+    found, factors = begun.verdict, sharded.factors
+    if found.values:
+        refuse_values([factors[i].name for i in found.values])
+    names = [factors[i].name for i in found.gradients]
+    names += [f"the S beside {name}" for (_, name), ok in zip(watched, begun.more, strict=True) if not ok]
+    if names:
+        refuse_non_finite(names, ())
+    if guard.judge(factors, found.drifts, "Nothing was changed by this step"):
+        sharded.begin([grad for grad, _ in watched])  # from where they were brought back to
+    if found.large:
+        refuse_large([factors[i].name for i in found.large])
 
 
 def refuse_large(names: list[str]) -> NoReturn:

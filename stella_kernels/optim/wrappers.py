@@ -1,4 +1,4 @@
-"""Optimizers inside optimizers: which of them run step hooks, which step is the outermost, and what a copy keeps."""
+"""Optimizers inside optimizers, and closures: which run step hooks, which step is the outermost, what a copy keeps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from torch.optim import Optimizer
 
@@ -98,3 +98,28 @@ def _rebuilt(
     copy.__setstate__(state)
     again(copy, what)
     return copy
+
+
+def followed(closure: Callable[[], Any], after: Callable[[], None], failed: Callable[[], None]) -> Callable[[], Any]:
+    """The closure, with ``after`` once it has returned, or ``failed`` once it has raised."""
+
+    def evaluate() -> Any:
+        try:
+            loss = closure()
+        except BaseException:
+            failed()
+            raise
+        after()
+        return loss
+
+    return evaluate
+
+
+def refuse_second_evaluation() -> NoReturn:
+    """Raise for a closure that an optimizer evaluates again within a step, after it has moved something."""
+    raise RuntimeError(
+        "closure: it was evaluated a second time within one step, where a constrained factor had moved already, wanted "
+        "one evaluation before anything moves: gradients at different points of the manifold cannot be combined. "
+        "Optimizers that search along a line, such as LBFGS, cannot be attached; the constrained factors were put "
+        "back, other parameters may have moved."
+    )
