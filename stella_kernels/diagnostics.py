@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .checks import NonFiniteError, check_float_tensor, check_tall
+from .distributed import measures
+from .distributed.rows import is_sharded
 from .nn import StiefelFactor, missing_factors_advice, orthonormality_tolerance, stiefel_factors
 from .reference import stiefel
 
@@ -19,6 +21,12 @@ from .reference import stiefel
 def _float64(value: Tensor) -> Tensor:
     # on the CPU, as some devices have no float64; a factor is small beside a model
     return value.detach().to(device="cpu", dtype=torch.float64)
+
+
+def _whole(factor: StiefelFactor) -> Tensor:
+    """The factor (n, r); a sharded one is gathered, by every process."""
+    value = factor.view
+    return value.full_tensor() if is_sharded(value) else value  # type: ignore[attr-defined]
 
 
 def _factors(target: nn.Module | Iterable[StiefelFactor]) -> list[StiefelFactor]:
@@ -39,13 +47,21 @@ def _factors(target: nn.Module | Iterable[StiefelFactor]) -> list[StiefelFactor]
 def orthonormality(target: nn.Module | Iterable[StiefelFactor]) -> dict[str, float]:
     """``‖QᵀQ − I‖`` in Frobenius norm of each factor Q (n, r), by name, computed in float64.
 
+    Of sharded factors, which are not gathered, in the dtype of their arithmetic; every process has to call it then.
+
     Args:
         target: a model with StelLA adapters, or factors; any float dtype and device.
 
     Raises:
         ValueError: there are no factors.
     """
-    return {f.name: float(stiefel.orthonormality_error(_float64(f.view))) for f in _factors(target)}
+    factors = _factors(target)
+    sharded = [f for f in factors if is_sharded(f.parameter)]
+    errors = dict(zip([f.name for f in sharded], measures.distances(sharded) if sharded else [], strict=True))
+    return {
+        f.name: errors[f.name] if f.name in errors else float(stiefel.orthonormality_error(_float64(f.view)))
+        for f in factors
+    }
 
 
 def off_manifold(target: nn.Module | Iterable[StiefelFactor], slack: float = 1.0) -> dict[str, float]:
@@ -159,13 +175,13 @@ class Recorder:
 
     def __init__(self, target: nn.Module | Iterable[StiefelFactor]) -> None:
         self._factors = _factors(target)
-        self._start = [factor.view.cpu().clone() for factor in self._factors]
+        self._start = [_whole(factor).cpu().clone() for factor in self._factors]
         self.history: list[Record] = []
 
     def record(self, step: int) -> Record:
         """Measure all factors; the record is also added to ``history``. One small QR and SVD a factor, on the CPU."""
         measured = zip(self._factors, self._start, strict=True)
-        angles = {f.name: principal_angles(f.view, start) for f, start in measured}
+        angles = {f.name: principal_angles(_whole(f), start) for f, start in measured}
         self.history.append(Record(step, orthonormality(self._factors), angles))
         return self.history[-1]
 

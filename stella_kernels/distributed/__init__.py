@@ -4,6 +4,7 @@ The mathematics is in docs/design.md, 3.6. ``optim.attach`` and ``optim.StellaAd
 as they take whole ones; nothing here has to be called for that.
 """
 
+from .base import shard_base
 from .placement import shard_placement
 
-__all__ = ["shard_placement"]
+__all__ = ["shard_base", "shard_placement"]

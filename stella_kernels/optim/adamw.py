@@ -212,10 +212,13 @@ class StellaAdamW(AdamW):
     def _admit(self, new: Sequence[StiefelFactor]) -> None:
         """Factors of the model that began to train after this optimizer was built."""
         if new:
-            targets.check_shapes(new)
-            targets.check_no_weight_decay(self, {id(f.parameter): f.name for f in new})
-            targets.check_orthonormal(new)
+            self._check(new)
             self._constrain([*self._factors, *new])
+
+    def _check(self, new: Sequence[StiefelFactor]) -> None:
+        targets.check_shapes(new)
+        targets.check_no_weight_decay(self, {id(f.parameter): f.name for f in new})
+        targets.check_orthonormal(new)
 
     def _constrain(self, factors: Sequence[StiefelFactor]) -> None:
         self._guard.watch([f for f in factors if not self._guard.watches(f)])
@@ -289,7 +292,7 @@ class StellaAdamW(AdamW):
     def _finish_sharded(self, active: list[Slot]) -> None:
         moving = self._sharded.active
         info = self._sharded.finish(self.state, self.param_groups)
-        places = torch.tensor([slot.index for slot in [*moving, *active]], device="cpu")
+        places = torch.tensor([*(s.index for s in moving), *(s.index for s in active)], device="cpu")
         parts = [info, self.last_info] if active and self.last_info is not None else [info]
         self.last_info = torch.cat(parts)[places.argsort()]
         good = [found[0] == STATUS_OK for found in info.tolist()]
@@ -326,6 +329,11 @@ class StellaAdamW(AdamW):
             if held > before and group["weight_decay"]:
                 targets.check_no_weight_decay(self, {i: slot.factor.name for i, slot in self._slot_of.items()})
             free.append(rest)
+        if successors := self._roster.successors(self._factors, held):
+            self._check(successors)
+            self._guard = Guard((), self._guard.policy)
+            self._constrain(successors)
+            return self._free_parameters()
         self._roster.check_held(self._factors, held)
         return free, self._roster.newcomers(p for rest in free for p in rest)
 

@@ -82,6 +82,9 @@ def attach(
     check_choice("method", method, METHODS)
     check_choice("on_foreign_move", on_foreign_move, guard.POLICIES)
     factors = targets.resolve_factors(target)
+    targets.refuse_sharded(
+        factors, retraction=(retraction, "polar"), geometry=(geometry, "stiefel"), method=(method, "auto")
+    )
     hidden_size: float | None = None
     if grad_scaling is True:
         hidden_size = targets.hidden_size_of(target) if geometry != "euclidean" else None

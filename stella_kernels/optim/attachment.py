@@ -207,6 +207,9 @@ class Attachment:
                     held += 1
                 elif parameter.grad is not None and id(parameter) not in elsewhere:
                     moving.append(parameter)
+        if successors := self._roster.successors(self.factors, held):
+            self._admit(optimizer, successors, anew=True)
+            return self._plan(optimizer, alone)
         self._roster.check_held(self.factors, held)
         if new := self._roster.newcomers(moving):
             self._admit(optimizer, new)
@@ -248,8 +251,8 @@ class Attachment:
             [self._memory.snapshot(i) for i in group],
         ).cpu()
 
-    def _admit(self, optimizer: Optimizer, new: Sequence[StiefelFactor]) -> None:
-        """Factors that the optimizer is about to move for the first time: unfrozen, or added since."""
+    def _admit(self, optimizer: Optimizer, new: Sequence[StiefelFactor], anew: bool = False) -> None:
+        """Factors that the optimizer is about to move for the first time, or ``anew`` those in the places of all."""
         if self._quotient is not None:
             raise ValueError(
                 f"optimizer: {', '.join(f.name for f in new)} began to train after attach, which geometry='quotient' "
@@ -258,6 +261,10 @@ class Attachment:
         targets.check_shapes(new)
         targets.check_no_weight_decay(optimizer, {id(f.parameter): f.name for f in new})
         targets.check_orthonormal(new)
+        if anew:
+            self.factors, self._divisors = (), []
+            self._memory, self._sharded, self._constrained = Memory(), ShardedFactors(), {}
+            self._guard = Guard((), self._settings.on_foreign_move)
         self._constrain(new)
 
     def _judge_drift(self, active: list[int], drift: Tensor) -> None:

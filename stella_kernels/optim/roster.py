@@ -173,6 +173,21 @@ class Roster:
             "once."
         )
 
+    def successors(self, factors: Sequence[StiefelFactor], held: int) -> list[StiefelFactor]:
+        """The factors as model and optimizer have them now, where an engine has replaced parameters in both; or none.
+
+        Accelerate's prepare does so: it shards the model, and gives the optimizer the parameters that came of it.
+        """
+        if held == len(factors):
+            return []
+        optimizer, places = self._optimizer(), self._held()
+        assert optimizer is not None
+        missing = [f for f in factors if id(f.parameter) not in places]
+        live = {f.name: f for f in self.family.members() if id(f.parameter) in places}
+        if any(f.name not in live or f.parameter in optimizer.state for f in missing):
+            return []
+        return [f if id(f.parameter) in places else live[f.name] for f in factors]
+
     def check_moving(self, factors: Sequence[StiefelFactor], active: int) -> None:
         """As a step begins: whether it trains the model's factors, of which ``active`` have a gradient.
 
@@ -284,9 +299,8 @@ class Roster:
             raise ValueError(
                 f"optimizer: {', '.join(f.name for f in replaced)} of the model is another parameter now "
                 f"({type(now).__name__}) than the one that is constrained, as engines do that shard or flatten a model "
-                "(fully_shard, Accelerate's prepare, DeepSpeed), and load_state_dict(..., assign=True). Prepare and "
-                "load the model first, then build the optimizer and attach; factors that are sharded cannot be "
-                "constrained yet: leave the adapters whole, or train with distributed data parallel."
+                "(fully_shard, DeepSpeed), and load_state_dict(..., assign=True). Prepare and load the model first, "
+                "then build the optimizer and attach."
             )
 
 

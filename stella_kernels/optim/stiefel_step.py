@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -48,7 +48,8 @@ def check_gradients(
 
 def begin_sharded(sharded: ShardedFactors, guard: Guard) -> None:
     """The sums over processes of sharded factors, once nothing in them speaks against the step; nothing is written."""
-    cores = {id(f.core): (f.core, f.name) for f in sharded.everyone if f.core is not None and is_sharded(f.core)}
+    given = [f for f in reversed(sharded.everyone) if f.core is not None and is_sharded(f.core)]
+    cores: dict[int, Any] = {id(f.core): (f.core, f.name) for f in given}  # the first factor's name
     watched = [(core.grad, name) for core, name in cores.values() if core.grad is not None]
     begun = sharded.begin([grad for grad, _ in watched])
     if begun is None:

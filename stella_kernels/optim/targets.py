@@ -102,6 +102,17 @@ def check_shapes(factors: Sequence[StiefelFactor]) -> None:
             )
 
 
+def refuse_sharded(factors: Sequence[StiefelFactor], **options: tuple[str, str]) -> None:
+    """Raise ``ValueError`` for options, each (found, wanted), that sharded factors do not have."""
+    sharded = [f.name for f in factors if is_sharded(f.parameter)]
+    for name, (found, wanted) in options.items():
+        if sharded and found != wanted:
+            raise ValueError(
+                f"{name}: found {found!r} for the sharded {sharded[0]}, wanted {wanted!r}, which needs sums over "
+                "processes only; leave the adapters whole (stella_kernels.distributed.shard_base) for others."
+            )
+
+
 def non_finite(tensors: Sequence[Tensor]) -> list[int]:
     """Places of those that hold NaN or an infinity; few operations where none does.
 

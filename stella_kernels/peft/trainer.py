@@ -157,6 +157,23 @@ def _warn_if_off(model: nn.Module, when: str) -> None:
         warnings.warn(f"model: {when}, {fault}.", RuntimeWarning, stacklevel=3)
 
 
+def _refuse_engines(trainer: Any) -> None:
+    """Raise ``NotImplementedError`` for engines that flatten factors, or step on copies of them."""
+    found = ""
+    if getattr(trainer, "is_deepspeed_enabled", False):
+        found = "DeepSpeed, whose optimizers step on flattened copies of the factors"
+    elif getattr(trainer, "is_fsdp_enabled", False):
+        plugin = getattr(getattr(trainer, "accelerator", None), "state", None)
+        plugin = getattr(plugin, "fsdp_plugin", None)
+        if getattr(plugin, "fsdp_version", 1) != 2:
+            found = "FSDP's first version, which flattens the parameters of a layer into one"
+    if found:
+        raise NotImplementedError(
+            f"StellaTrainer: found {found}, wanted FSDP2 (fsdp_version: 2 in the configuration of Accelerate, or in "
+            "fsdp_config), distributed data parallel training, or one device."
+        )
+
+
 class StellaTrainerMixin:
     """Mix in before any ``Trainer``: ``class MyTrainer(StellaTrainerMixin, SFTTrainer): ...``.
 
@@ -180,15 +197,10 @@ class StellaTrainerMixin:
         """Create the optimizer as the Trainer does and attach the geometry to it, once.
 
         Raises:
-            NotImplementedError: under FSDP or DeepSpeed, where no process holds a whole factor.
+            NotImplementedError: under FSDP's first version or DeepSpeed.
             ValueError: see ``check_trainable`` and ``attach_adapter``.
         """
-        for name, flag in (("FSDP", "is_fsdp_enabled"), ("DeepSpeed", "is_deepspeed_enabled")):
-            if getattr(self, flag, False):
-                raise NotImplementedError(
-                    f"StellaTrainer: found {name}, which splits or copies factors, wanted whole ones; use one device "
-                    "or distributed data parallel training."
-                )
+        _refuse_engines(self)
         model: nn.Module = self.model  # type: ignore[attr-defined]
         check_trainable(model)
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]

@@ -253,8 +253,8 @@ def test_an_interruption_of_the_fused_step_waits_for_its_end(monkeypatch: pytest
     optimizer = fused(model)
     take = type(optimizer)._step_factors
 
-    def stopped(self: Any, active: Any) -> Any:
-        result = take(self, active)
+    def stopped(self: Any, *given: Any) -> Any:
+        result = take(self, *given)
         interrupt()
         return result
 
