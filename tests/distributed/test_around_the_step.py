@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 from stella_kernels.distributed import shard_base, shard_placement
+from stella_kernels.distributed.base import Averaging
 from stella_kernels.optim import StellaAdamW
 from tests.distributed.problem import BUILDERS, Model, apart, batch, model_of, off, shard, train, whole
 from tests.distributed.processes import together
@@ -88,7 +89,7 @@ def in_low_precision(offload: bool) -> tuple[float, list[str]]:
         "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     }
     if offload:
-        options["offload_policy"] = CPUOffloadPolicy()
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
     place: Any = shard_placement(model)
     for layer in (model.first, model.second, model):
         fully_shard(layer, mesh=mesh, shard_placement_fn=place, **options)
@@ -135,9 +136,8 @@ def test_whole_adapters_over_a_sharded_base(tmp_path: Path, buckets: int) -> Non
 
 def of_some_layers() -> tuple[Tensor, Tensor]:
     """A layer that only one process uses: its gradient is half of that process's."""
-    model = model_of("even")
-    alone = model_of("even")
-    shard_base(model, [model.first, model.second])
+    model, alone = model_of("even"), model_of("even")
+    Averaging([p for p in model.parameters() if p.requires_grad], dist.group.WORLD, 1 << 10).install()
     x, _ = batch(model, 0)
     y = torch.tanh(model.first(x)) if dist.get_rank() else model(x)
     y.square().mean().backward()
