@@ -2,8 +2,9 @@
 
 ``python -m bench polar``, ``step`` or ``adapter`` runs one of the three, ``--device cuda`` on a GPU; ``python -m bench
 gpu`` is all that a person with a GPU can find out in some minutes, with options of its own. Without a GPU, ``python -m
-bench traffic`` counts what a step moves there, and ``host`` measures what its host takes. Tables on the terminal, JSON
-and plots in ``--output``; exits with 1 where a promise was missed; none is made of a GPU's times.
+bench traffic`` counts what a step moves there, ``host`` measures what its host takes, and ``distributed`` steps over
+several processes. Tables on the terminal, JSON and plots in ``--output``; exits with 1 where a promise was missed; none
+is made of a GPU's times.
 """
 
 from __future__ import annotations
@@ -137,6 +138,12 @@ def _host(output: Path, seconds: float) -> int:
     return subprocess.run(command, check=False).returncode
 
 
+def _distributed(ranks: tuple[int, ...], output: Path, seconds: float) -> int:
+    """In a process of its own, which starts others."""
+    command = [sys.executable, "-m", "bench.distributed", str(output), *map(str, ranks), "--seconds", str(seconds)]
+    return subprocess.run(command, check=False).returncode
+
+
 def main() -> int:
     """Print the tables, write JSON and plots; 1 where a promise was missed."""
     if sys.argv[1:2] == ["gpu"]:  # which has options of its own
@@ -145,7 +152,10 @@ def main() -> int:
         return gpu(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
-        "what", nargs="?", choices=("all", "polar", "step", "adapter", "traffic", "host", "gpu"), default="all"
+        "what",
+        nargs="?",
+        choices=("all", "polar", "step", "adapter", "traffic", "host", "distributed", "gpu"),
+        default="all",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:INDEX (traffic is counted on the CPU)")
     parser.add_argument("--output", type=Path, default=Path("bench/results"), help="folder of the JSON and the plots")
@@ -161,6 +171,8 @@ def main() -> int:
         return _traffic(tuple(arguments.ranks or (16, 64)), arguments.output)
     if arguments.what == "host":
         return _host(arguments.output, arguments.seconds or 8.0)
+    if arguments.what == "distributed":
+        return _distributed(tuple(arguments.ranks or (16, 64)), arguments.output, arguments.seconds or 8.0)
     try:
         device = named(arguments.device)
         backends = served(device)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
 from ..nn import stiefel_factors
 
 
-def shard_placement(model: nn.Module, processes: int | None = None) -> Callable[[nn.Parameter], object]:
+def shard_placement(model: nn.Module, processes: int | None = None) -> Callable[[nn.Parameter], Any]:
     """For ``fully_shard(layer, shard_placement_fn=shard_placement(model))``: Vᵀ (r, n) by its columns, V's rows.
 
     U (m, r) is split by its rows by default. ``fully_shard`` splits the second dimension evenly only, and where n is
@@ -35,7 +36,7 @@ def shard_placement(model: nn.Module, processes: int | None = None) -> Callable[
         )
     transposed = {id(f.parameter): f.parameter.shape[1] for f in factors if f.transposed}
 
-    def place(parameter: nn.Parameter) -> object:
+    def place(parameter: nn.Parameter) -> Any:
         import torch.distributed as dist
 
         columns = transposed.get(id(parameter))

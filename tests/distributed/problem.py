@@ -39,18 +39,18 @@ def model_of(widths: str, dtype: torch.dtype = torch.float32) -> Model:
     return Model(WIDTHS[widths], dtype)
 
 
-def batch(model: nn.Module, step: int) -> tuple[Tensor, Tensor]:
+def batch(model: Any, step: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(step)
     n, m, dtype = model.first.base.in_features, model.second.base.out_features, model.first.U.dtype
     return torch.randn(12, n, generator=generator, dtype=dtype), torch.randn(12, m, generator=generator, dtype=dtype)
 
 
-def shard(model: Model, how: str) -> Model:
+def shard(model: Any, how: str) -> Any:
     """'rows' by shard_placement; 'default' without it; 'hsdp' over a mesh of two dimensions."""
     world = dist.get_world_size()
     if how == "hsdp":
         mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
-        place = shard_placement(model, world // 2)
+        place: Any = shard_placement(model, world // 2)
     else:
         mesh = init_device_mesh("cpu", (world,))
         place = None if how == "default" else shard_placement(model)

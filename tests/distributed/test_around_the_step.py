@@ -134,9 +134,10 @@ def test_whole_adapters_over_a_sharded_base(tmp_path: Path, buckets: int) -> Non
     assert apart(outcomes[0][0], outcomes[1][0]) == 0.0  # bit for bit
 
 
-def of_some_layers() -> tuple[Tensor, Tensor]:
+def of_some_layers() -> tuple[Any, Any]:
     """A layer that only one process uses: its gradient is half of that process's."""
-    model, alone = model_of("even"), model_of("even")
+    model: Any = model_of("even")
+    alone: Any = model_of("even")
     Averaging([p for p in model.parameters() if p.requires_grad], dist.group.WORLD, 1 << 10).install()
     x, _ = batch(model, 0)
     y = torch.tanh(model.first(x)) if dist.get_rank() else model(x)

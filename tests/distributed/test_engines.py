@@ -1,4 +1,4 @@
-"""Accelerate's and transformers' FSDP2 around our optimizers: prepared, trained, saved, resumed, loaded on one device."""
+"""Accelerate's and transformers' FSDP2 around our optimizers: prepared, trained, saved, resumed, loaded whole."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ import os
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
-
-pytest.importorskip("accelerate")
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
-
+import transformers
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from torch import Tensor
 
 from stella_kernels.diagnostics import orthonormality
 from stella_kernels.nn import stiefel_factors

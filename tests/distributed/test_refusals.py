@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -222,3 +224,26 @@ def abandoned(build: str) -> str:
 def test_parameters_that_the_optimizer_never_learns_of_are_an_error(tmp_path: Path, build: str) -> None:
     for text in together(2, tmp_path, abandoned, build):
         assert "is another parameter now (DTensor)" in text
+
+
+def _one_dies(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=20)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", world_size=2, rank=rank, timeout=timeout)
+    model = shard(model_of("even"), "rows")
+    optimizer = StellaAdamW(model, lr=1e-2)
+    train(model, optimizer, 0, 1)
+    x, target = batch(model, 1)
+    (model(x) - target).square().mean().backward()
+    if rank == 1:
+        os._exit(0)
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        Path(folder, "error").write_text(str(error))
+    os._exit(0)
+
+
+def test_a_process_that_dies_ends_the_others_with_an_error(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_one_dies, (str(tmp_path),), nprocs=2)
+    assert "Connection closed" in (text := (tmp_path / "error").read_text()) or "Timed out" in text
