@@ -15,9 +15,11 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from stella_kernels.diagnostics import orthonormality
 from stella_kernels.nn import stiefel_factors
+from stella_kernels.optim import StellaAdamW, attach
 from stella_kernels.peft import StellaConfig, StellaTrainer
 from tests.distributed.problem import BUILDERS, apart, model_of, off, train
 from tests.distributed.processes import together
@@ -56,6 +58,30 @@ def test_accelerate(tmp_path: Path, build: str) -> None:
     for trajectory in together(2, tmp_path, accelerated, build):
         assert apart(trajectory, wanted) < 1e-6
         assert max(map(off, trajectory)) < 1e-6
+
+
+def redundancy_free() -> tuple[list[dict[str, Tensor]], str]:
+    """AdamW whose state is divided over the processes, attached; and StellaAdamW in its place, which is refused."""
+    model = model_of("even")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
+    attach(optimizer, model)
+    try:
+        ZeroRedundancyOptimizer(parameters, StellaAdamW, lr=1e-2, factors=model)
+        text = ""
+    except ValueError as error:
+        text = str(error)
+    return train(model, optimizer, 0, 5), text
+
+
+def test_zero_redundancy_optimizer(tmp_path: Path) -> None:
+    plain = model_of("even")
+    wanted = train(plain, BUILDERS["attach"](plain), 0, 5)
+    outcomes = together(2, tmp_path, redundancy_free)
+    for trajectory, text in outcomes:
+        assert apart(trajectory, wanted) < 1e-6
+        assert "it does not hold" in text
+    assert apart(outcomes[0][0], outcomes[1][0]) == 0.0
 
 
 class ShardedTrainer(StellaTrainer):
