@@ -14,7 +14,7 @@ from ..reference.autocast import without_autocast
 from .adapted import Term, adapted_output, start_term
 from .factors import OwnFactor
 from .masters import check_stored, master_after_apply, start_fits
-from .starts import INITS, init_factors
+from .starts import INITS, init_factors, restart_factors
 
 
 class StellaLinear(nn.Module):
@@ -101,11 +101,22 @@ class StellaLinear(nn.Module):
         self.Vt = nn.Parameter(torch.empty(r, in_features, device=device, dtype=dtype))
         weight = getattr(base, "weight", None)
         init_factors(self.U, self.S, self.Vt, init, weight if isinstance(weight, Tensor) else None)
+        self.init = init
         pseudo_zero = init == "pseudo_zero"
         self.register_buffer("U0", self.U.detach().clone() if pseudo_zero else None)
         self.register_buffer("Vt0", self.Vt.detach().clone() if pseudo_zero else None)
         self._master = dtype
         self.base = base.requires_grad_(False)  # last, so that a refused argument leaves the base as it was
+
+    def reset_parameters(self) -> None:
+        """Start the factors anew, as ``init`` says: after ``to_empty`` of a layer that was made on the meta device.
+
+        Sharded factors start alike on every process, from the random state of the mesh's first; all have to call it.
+        """
+        weight = getattr(self.base, "weight", None)
+        U, Vt = restart_factors(self.U, self.S, self.Vt, self.init, weight if isinstance(weight, Tensor) else None)
+        if self.init == "pseudo_zero":
+            self.U0, self.Vt0 = U, Vt
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) to (..., m); see `stella_kernels.functional.stella_linear`."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -65,6 +69,44 @@ def init_factors(
         S.zero_()
     else:
         S.copy_(torch.ones_like(S) if S.dim() == 1 else torch.eye(r, dtype=S.dtype, device=S.device))
+
+
+@torch.no_grad()
+def restart_factors(U: Tensor, S: Tensor, Vt: Tensor, init: str, base_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``init_factors`` of factors that may be sharded (DTensor), as may be the base weight; returns U and Vt whole."""
+    placements = getattr(U, "placements", None)
+    if placements is None:
+        init_factors(U, S, Vt, init, base_weight)
+        return U.clone(), Vt.clone()
+    from torch.distributed.tensor import distribute_tensor
+
+    given: tuple[Any, ...] = (U, S, Vt)
+    device = given[0].to_local().device
+    whole = [torch.empty(t.shape, dtype=t.dtype, device=device) for t in given]
+    weight: Any = base_weight
+    if weight is not None and hasattr(weight, "full_tensor"):
+        weight = weight.full_tensor() if init.startswith("svd") else None
+    with _random_numbers_of_the_first(given[0].device_mesh, device):
+        init_factors(whole[0], whole[1], whole[2], init, weight)
+    for own, value in zip(given, whole, strict=True):
+        # no process sends anything: all have the same values
+        own.copy_(distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None))
+    return whole[0], whole[2]
+
+
+@contextmanager
+def _random_numbers_of_the_first(mesh: Any, device: torch.device) -> Iterator[None]:
+    """Inside, every process of a mesh draws the same numbers; outside, each goes on with its own."""
+    import torch.distributed as dist
+
+    seed = torch.randint(2**62, (1,), device=device)
+    for dimension in range(mesh.ndim):
+        group = mesh.get_group(dimension)
+        dist.broadcast(seed, dist.get_global_rank(group, 0), group=group)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(int(seed))
+        yield
 
 
 def _singular_vectors(

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from stella_kernels.distributed import shard_base, shard_placement
 from stella_kernels.distributed.base import Averaging
 from stella_kernels.optim import StellaAdamW
-from tests.distributed.problem import BUILDERS, Model, apart, batch, model_of, off, shard, train, whole
+from tests.distributed.problem import BUILDERS, WIDTHS, Model, apart, batch, model_of, off, shard, train, whole
 from tests.distributed.processes import together
 
 Trajectory = list[dict[str, Tensor]]
@@ -169,6 +169,37 @@ def test_a_base_that_cannot_be_sharded_is_refused(tmp_path: Path) -> None:
     for texts in together(2, tmp_path, refused):
         for text, wanted in zip(texts, ("sharded already", "found 2 dimensions", "no trained Stiefel"), strict=True):
             assert wanted in text
+
+
+def from_meta(init: str) -> tuple[float, float, Trajectory]:
+    """Made on the meta device, sharded, and filled; with another random state on every process."""
+    with torch.device("meta"):
+        model = Model(WIDTHS["even"], torch.float32)
+    for layer in (model.first, model.second):
+        layer.init = init
+        if init == "pseudo_zero":
+            layer.U0, layer.Vt0 = layer.U.detach().clone(), layer.Vt.detach().clone()
+    shard(model, "rows")
+    model.to_empty(device="cpu")
+    torch.manual_seed(dist.get_rank())
+    for layer in (model.first, model.second):
+        layer.base.reset_parameters()
+        layer.reset_parameters()
+    start = whole(model)
+    apart_of_start = 0.0
+    if init == "pseudo_zero":
+        apart_of_start = float((model.first.U0 - start["first.U"]).norm())
+    trajectory = train(model, StellaAdamW(model, lr=1e-2), 0, 2)
+    return off(start), apart_of_start, [start, *trajectory]
+
+
+@pytest.mark.parametrize("init", ["rando", "pseudo_zero", "svd_major"])
+def test_a_model_from_the_meta_device(tmp_path: Path, init: str) -> None:
+    outcomes = together(2, tmp_path, from_meta, init)
+    for error, buffers, trajectory in outcomes:
+        assert error < 4e-6  # of LAPACK's float32 decompositions
+        assert buffers == 0.0
+        assert apart(trajectory, outcomes[0][2]) == 0.0
 
 
 def moments_of(build: str) -> bool:
