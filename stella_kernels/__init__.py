@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-from . import functional, nn, optim
+from . import distributed, functional, nn, optim
 from .functional import polar, stella_adapter, stella_linear
 from .nn import StellaLinear
 from .triton_kernels import registration as _registration  # noqa: F401  (for CUDA tensors; imports no Triton)
@@ -15,6 +15,7 @@ __all__ = [
     "StellaLinear",
     "__version__",
     "diagnostics",
+    "distributed",
     "functional",
     "nn",
     "optim",

@@ -46,7 +46,7 @@ def attach(
             ``step(closure)`` may evaluate its closure once, before anything moves.
         target: a model with StelLA adapters (all its trainable factors are taken), or a sequence of ``StiefelFactor``
             or of tall parameters (n, r), n > r. float32 or float64; bfloat16 and float16 work at their own precision.
-            Any devices.
+            Any devices; sharded parameters (DTensor, of fully_shard) take retraction 'polar' and method 'auto'.
         retraction: 'polar' (a native kernel), 'qr', 'exp_map' or 'cayley' (plain PyTorch; the last two keep the drift
             of a factor, and take the orthogonal polar factor where it has grown past round-off).
         grad_scaling: True takes d from the model's ``config.hidden_size``, a number is d itself, False is no scaling.
