@@ -14,9 +14,11 @@ require_peft()
 
 from .config import StellaConfig  # noqa: E402  (needs PEFT, which was just checked for)
 from .layer import Linear, StellaLayer  # noqa: E402
+from .lora_export import convert_to_lora, save_as_lora, teach_conversion  # noqa: E402
 from .model import StellaModel  # noqa: E402
 
 register(StellaConfig, StellaModel)
+teach_conversion()
 
 if TYPE_CHECKING:
     from .trainer import (
@@ -48,7 +50,9 @@ __all__ = [
     "StellaTrainer",
     "StellaTrainerMixin",
     "attach_adapter",
+    "convert_to_lora",
     "parameter_groups",
+    "save_as_lora",
 ]
 
 
