@@ -16,6 +16,7 @@ from .config import StellaConfig  # noqa: E402  (needs PEFT, which was just chec
 from .layer import Linear, StellaLayer  # noqa: E402
 from .lora_export import convert_to_lora, save_as_lora, teach_conversion  # noqa: E402
 from .model import StellaModel  # noqa: E402
+from .rank_reduction import reduce_rank  # noqa: E402
 
 register(StellaConfig, StellaModel)
 teach_conversion()
@@ -52,6 +53,7 @@ __all__ = [
     "attach_adapter",
     "convert_to_lora",
     "parameter_groups",
+    "reduce_rank",
     "save_as_lora",
 ]
 

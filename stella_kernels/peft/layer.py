@@ -116,6 +116,21 @@ class StellaLayer(BaseTunerLayer):
         U, S, Vt = (cast(Factor, kind[adapter]).weight for kind in (self.stella_U, self.stella_S, self.stella_Vt))
         return U, S, Vt
 
+    @torch.no_grad()
+    def replace_factors(self, adapter: str, U: Tensor, S: Tensor, Vt: Tensor, lora_alpha: float) -> None:
+        """Give an adapter other factors, of another rank too: the same parameters, in their dtypes, where they are.
+
+        Its start, if it has one, is no longer subtracted; a scale that was set stays set.
+        """
+        configured = self._configured_scaling(adapter)
+        share = self.scaling[adapter] / configured if configured else 1.0
+        for parameter, value in zip(self.factors(adapter), (U, S, Vt), strict=True):
+            parameter.grad = None  # of the old shape
+            parameter.data = value.to(parameter.device, parameter.dtype).contiguous()
+        self._have_start(adapter, False)
+        self.r[adapter], self.lora_alpha[adapter] = U.shape[1], lora_alpha
+        self.scaling[adapter] = share * self._configured_scaling(adapter)
+
     def start(self, adapter: str) -> tuple[Tensor, Tensor] | None:
         """U0 (m, r) and V0ᵀ (r, n), the start that a 'pseudo_zero' adapter subtracts; None for any other."""
         if adapter not in self.stella_U0:

@@ -20,6 +20,7 @@ from ..serving.export import LoraReport, lora_adapter, lora_layer, rounded
 from ..serving.factored import Factored
 from .layer import StellaLayer
 from .registration import PREFIX as OURS
+from .selection import adapter_layers
 
 
 @torch.no_grad()
@@ -98,22 +99,10 @@ def layer_factors(model: nn.Module, adapter_name: str) -> dict[str, Factored]:
         TypeError: the model has no StelLA layer.
         ValueError: no layer has this adapter, or its factors are on the meta device.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, StellaLayer)}
-    if not layers:
-        raise TypeError(
-            f"model: found no StelLA layer in {type(model).__name__}, wanted get_peft_model(…, StellaConfig)."
-        )
-    chosen = {name: layer for name, layer in layers.items() if adapter_name in layer.stella_U}
-    if not chosen:
-        known = sorted({adapter for layer in layers.values() for adapter in layer.stella_U})
-        raise ValueError(f"adapter_name: found {adapter_name!r}, wanted one of {known}.")
-    found = {}
-    for name, layer in chosen.items():
-        factors = layer.factors(adapter_name)
-        if any(factor.is_meta for factor in factors):
-            raise ValueError(f"{name}: found factors on the meta device, wanted loaded ones; load the adapter first.")
-        found[name] = factored.from_stella(*factors, layer.scaling[adapter_name], layer.start(adapter_name))
-    return found
+    return {
+        name: factored.from_stella(*layer.factors(adapter_name), layer.scaling[adapter_name], layer.start(adapter_name))
+        for name, layer in adapter_layers(model, adapter_name).items()
+    }
 
 
 def teach_conversion() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
+from .combination import check_combination, combined_config, combined_factors, set_factors
 from .config import StellaConfig
 from .factor import layer_features
 from .layer import Linear, StellaLayer
@@ -176,12 +177,52 @@ class StellaModel(BaseTuner):
             self._check_merge(adapter_names, safe_merge)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refused, by ``NotImplementedError``: a sum of adapters of rank r is no adapter of rank r on the manifolds."""
-        raise NotImplementedError(
-            "add_weighted_adapter: a weighted sum of StelLA adapters has no orthonormal factors of the same rank. Use "
-            "them together, `model.base_model.set_adapter([...])`, or merge them, `model.merge_adapter([...])`."
-        )
+    @torch.no_grad()
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        **options: Any,
+    ) -> None:
+        """Add ``Σ w_i · adapter_i`` as a new adapter, with a scale of 1, inactive and frozen.
+
+        Args:
+            adapters: names of adapters of this model; a layer sums those that it has.
+            weights: one each; negative ones subtract.
+            adapter_name: the new adapter's.
+            combination_type: 'cat', exact, of the sum of the ranks (at most a layer's smaller side), by a QR of the
+                joined factors; or 'svd', that cut optimally to ``svd_rank``, at the cost of the small core.
+            svd_rank: of 'svd'; the largest rank of the adapters by default.
+
+        Raises:
+            NotImplementedError: another ``combination_type``, or an option of PEFT's for one.
+            ValueError, TypeError: an unknown or existing name, an argument of a wrong type, adapters with
+                ``modules_to_save``. Nothing was changed.
+        """
+        if asked := [name for name in ("svd_clamp", "density") if options.get(name) is not None]:
+            raise NotImplementedError(f"{asked[0]}: found {options[asked[0]]!r}, which StelLA's sums do not have.")
+        check_combination(self.peft_config, adapters, weights, adapter_name, combination_type, svd_rank)
+        configs: list[Any] = [self.peft_config[name] for name in adapters]
+        diagonal = all(config.stella_diag_s for config in configs)
+        factors = combined_factors(self.model, adapters, weights, combination_type, svd_rank, diagonal)
+        ranks = {name: U.shape[1] for name, (U, _, _) in factors.items()}
+        self.peft_config[adapter_name] = combined_config(configs[0], ranks, diagonal)
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except BaseException:
+            del self.peft_config[adapter_name]
+            raise
+        for name, each in factors.items():
+            layer: Any = self.model.get_submodule(name)
+            set_factors(layer, adapter_name, each)
+
+    def subtract(self, minuend: str, subtrahend: str, adapter_name: str, **options: Any) -> None:
+        """Add ``minuend − subtrahend`` as a new adapter: ``add_weighted_adapter`` with weights 1 and −1, 'cat'."""
+        options.setdefault("combination_type", "cat")
+        self.add_weighted_adapter([minuend, subtrahend], [1.0, -1.0], adapter_name, **options)
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         for name, layer in self.model.named_modules():

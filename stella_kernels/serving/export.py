@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from ..checks import NonFiniteError, check_choice
 from . import factored
 from .adapter_files import PREFIX, Settings
 from .factored import Factored
+
+Number = TypeVar("Number", int, float)
 
 # What an adapter may hold beside its factors: PEFT reads it, most servers do not.
 EXTRAS = ("bias", "layer_replication", "modules_to_save")
@@ -163,7 +165,7 @@ def lora_adapter(
         A, B = torch.nn.functional.pad(A, (0, 0, 0, missing)), torch.nn.functional.pad(B, (0, missing))
         for kind, matrix in (("A", A), ("B", B)):
             tensors[f"{PREFIX}{name}.lora_{kind}.weight"] = rounded(matrix, dtype, name)
-    patterns = _patterns({n: r for n, r in ranks.items() if r != widest}, ranks) if rank_pattern else {}
+    patterns = by_name({n: r for n, r in ranks.items() if r != widest}, ranks) if rank_pattern else {}
     lora: Settings = {name: settings[name] for name in _CARRIED if name in settings}
     lora.update(
         {
@@ -196,10 +198,10 @@ def rounded(matrix: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return result
 
 
-def _patterns(differing: Mapping[str, int], every: Iterable[str]) -> dict[str, int]:
-    """A rank for each layer by name; ``^`` before a name that is also the ending of another's."""
+def by_name(differing: Mapping[str, Number], every: Iterable[str]) -> dict[str, Number]:
+    """A ``rank_pattern`` or ``alpha_pattern`` of full names; ``^`` before a name that is also another's ending."""
     endings = {".".join(name.split(".")[i:]) for name in every for i in range(1, name.count(".") + 1)}
-    return {f"^{name}" if name in endings else name: rank for name, rank in differing.items()}
+    return {f"^{name}" if name in endings else name: number for name, number in differing.items()}
 
 
 def _selects(settings: Settings, names: Iterable[str]) -> bool:
