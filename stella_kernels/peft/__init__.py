@@ -22,6 +22,7 @@ register(StellaConfig, StellaModel)
 teach_conversion()
 
 if TYPE_CHECKING:
+    from .rank_schedule import RankSchedule
     from .trainer import (
         DiagnosticsCallback,
         StellaCallback,
@@ -44,6 +45,7 @@ __all__ = [
     "OLDEST_PEFT",
     "DiagnosticsCallback",
     "Linear",
+    "RankSchedule",
     "StellaCallback",
     "StellaConfig",
     "StellaLayer",
@@ -64,4 +66,8 @@ def __getattr__(name: str) -> Any:
         from . import trainer
 
         return getattr(trainer, name)
+    if name == "RankSchedule":
+        from .rank_schedule import RankSchedule
+
+        return RankSchedule
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -51,9 +51,9 @@ def reduce_rank(
 ) -> dict[str, int]:
     """Cut an adapter of ``model`` to lower ranks, in place and optimally: each layer to its truncated SVD.
 
-    ``U ← U P``, ``S ← diag(σ)``, ``V ← V Q`` of ``S = P diag(σ) Qᵀ``, with the smallest σ left out, at the cost of r × r
-    problems. A layer that keeps its rank is left as it is. One that starts as 'pseudo_zero' takes its start into the
-    factors, at rank 2r before the cut. The configuration follows (``rank_pattern``, and ``alpha_pattern`` so that no
+    ``U ← U P``, ``S ← diag(σ)``, ``V ← V Q`` of ``S = P diag(σ) Qᵀ``, with the smallest σ left out, at the cost of
+    r × r problems. A layer that keeps its rank is left as it is. One that starts as 'pseudo_zero' takes its start into
+    the factors, at rank 2r before the cut. The configuration follows (``rank_pattern``, and ``alpha_pattern`` so that no
     scale changes), and the parameters stay the same objects.
 
     Args:
