@@ -13,16 +13,17 @@ from .registration import OLDEST_PEFT, register, require_peft
 require_peft()
 
 from .config import StellaConfig  # noqa: E402  (needs PEFT, which was just checked for)
-from .layer import Linear, StellaLayer  # noqa: E402
+from .layer import StellaLayer  # noqa: E402
+from .linear import Linear  # noqa: E402
 from .lora_export import convert_to_lora, save_as_lora, teach_conversion  # noqa: E402
 from .model import StellaModel  # noqa: E402
-from .rank_reduction import reduce_rank  # noqa: E402
+from .ranks.reduction import reduce_rank  # noqa: E402
 
 register(StellaConfig, StellaModel)
 teach_conversion()
 
 if TYPE_CHECKING:
-    from .rank_schedule import RankSchedule
+    from .ranks.schedule import RankSchedule
     from .trainer import (
         DiagnosticsCallback,
         StellaCallback,
@@ -67,7 +68,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(trainer, name)
     if name == "RankSchedule":
-        from .rank_schedule import RankSchedule
+        from .ranks.schedule import RankSchedule
 
         return RankSchedule
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,9 +18,8 @@ from ..serving import factored
 from ..serving.adapter_files import PREFIX, write_adapter
 from ..serving.export import LoraReport, lora_adapter, lora_layer, rounded
 from ..serving.factored import Factored
-from .layer import StellaLayer
+from .layer import StellaLayer, adapter_layers
 from .registration import PREFIX as OURS
-from .selection import adapter_layers
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -23,7 +24,9 @@ from torch import Tensor, nn
 from .combination import check_combination, combined_config, combined_factors, set_factors
 from .config import StellaConfig
 from .factor import layer_features
-from .layer import Linear, StellaLayer
+from .layer import StellaLayer
+from .linear import Linear
+from .merging import quantization_backend
 from .registration import PREFIX
 from .targets import warn_of_left_out, warn_of_unused, watched, why_never_called
 
@@ -145,6 +148,7 @@ class StellaModel(BaseTuner):
             target.update_layer(adapter_name, peft_config, r, alpha)
             return
         layer = Linear(target, adapter_name, peft_config, r, alpha)
+        layer.quantization_backend = quantization_backend(layer.get_base_layer(), self.model)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is trained only once it is set active
         self._replace_module(parent, target_name, layer, target)
@@ -157,14 +161,17 @@ class StellaModel(BaseTuner):
             )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As PEFT's, but every layer is checked before the first is changed.
+        """As PEFT's, but every layer is checked before the first is changed, and where one fails all are put back.
+
+        A quantized weight is then exactly what it was, another one up to the round-off of its dtype.
 
         Raises:
             ValueError: with ``safe_merge``, a merged weight is not finite.
-            TypeError: a base weight is quantized.
+            TypeError: a base weight is quantized in a way that cannot be written.
         """
         self._check_merge(adapter_names, safe_merge)
-        super().merge_adapter(adapter_names, safe_merge=safe_merge)
+        with self._all_or_none():
+            super().merge_adapter(adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
         self,
@@ -173,9 +180,11 @@ class StellaModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
-        if merge:
-            self._check_merge(adapter_names, safe_merge)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        if merge:  # PEFT merges each layer as it takes it out; here all are merged before the first is
+            self.merge_adapter(adapter_names, safe_merge=safe_merge)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "All adapters are already merged")
+            return super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
 
     @torch.no_grad()
     def add_weighted_adapter(
@@ -223,6 +232,22 @@ class StellaModel(BaseTuner):
         """Add ``minuend − subtrahend`` as a new adapter: ``add_weighted_adapter`` with weights 1 and −1, 'cat'."""
         options.setdefault("combination_type", "cat")
         self.add_weighted_adapter([minuend, subtrahend], [1.0, -1.0], adapter_name, **options)
+
+    @contextmanager
+    def _all_or_none(self) -> Iterator[None]:
+        """Within: where an error is raised, layers that were merged by then are unmerged again."""
+        layers = [layer for layer in self.model.modules() if isinstance(layer, Linear)]
+        before = [(layer, list(layer.merged_adapters), layer.kept_base()) for layer in layers]
+        try:
+            yield
+        except BaseException:
+            for layer, merged, kept in before:
+                if kept is not None:
+                    layer.put_back(kept)
+                elif new := [name for name in layer.merged_adapters if name not in merged]:
+                    with onload_layer(layer):
+                        layer.unmerge(new)
+            raise
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         for name, layer in self.model.named_modules():

@@ -15,10 +15,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .adamw import StellaAdamW
-from .attachment import Attachment, attachments_of
-from .guard import Guard
-from .wrappers import hooked_optimizers
+from ...optim.adamw import StellaAdamW
+from ...optim.attachment import Attachment, attachments_of
+from ...optim.guard import Guard
+from ...optim.wrappers import hooked_optimizers
 
 LINEAR = ("exp_avg", "momentum_buffer", "grad_avg")
 SQUARED = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")

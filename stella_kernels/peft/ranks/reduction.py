@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..checks import NonFiniteError, check_whole_number
-from ..optim.rank_cut import Turn, check_moments, renew, turn_moments
-from ..serving import factored
-from ..serving.adapter_files import PREFIX
-from ..serving.export import by_name
-from .config import StellaConfig
-from .layer import StellaLayer
-from .selection import adapter_layers
+from ...checks import NonFiniteError, check_whole_number
+from ...serving import factored
+from ...serving.adapter_files import PREFIX
+from ...serving.export import by_name
+from ..config import StellaConfig
+from ..layer import StellaLayer, adapter_layers
+from .moments import Turn, check_moments, renew, turn_moments
 
 # The largest ‖QᵀQ − I‖ at which turning a factor's basis still counts as a rotation: bfloat16's round-off at rank 64.
 _ORTHOGONAL = 0.1
@@ -53,8 +52,8 @@ def reduce_rank(
 
     ``U ← U P``, ``S ← diag(σ)``, ``V ← V Q`` of ``S = P diag(σ) Qᵀ``, with the smallest σ left out, at the cost of
     r × r problems. A layer that keeps its rank is left as it is. One that starts as 'pseudo_zero' takes its start into
-    the factors, at rank 2r before the cut. The configuration follows (``rank_pattern``, and ``alpha_pattern`` so that no
-    scale changes), and the parameters stay the same objects.
+    the factors, at rank 2r before the cut. The configuration follows (``rank_pattern``, and ``alpha_pattern`` so that
+    no scale changes), and the parameters stay the same objects.
 
     Args:
         model: a PEFT model.
@@ -64,7 +63,7 @@ def reduce_rank(
             are kept, and one of each layer at least.
         adapter_name: the adapter.
         optimizer: one that trains the factors, also wrapped by Accelerate: its moments follow the rotation and the cut
-            (``optim.rank_cut`` says how), and its geometry, attached or its own, begins anew at the new factors.
+            (``ranks.moments`` says how), and its geometry, attached or its own, begins anew at the new factors.
 
     Returns:
         The rank of each layer, by name.

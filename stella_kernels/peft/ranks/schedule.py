@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from ..checks import check_finite_number, check_whole_number
-from .rank_reduction import reduce_rank
-from .selection import adapter_layers
+from ...checks import check_finite_number, check_whole_number
+from ..layer import adapter_layers
+from .reduction import reduce_rank
 
 
 class RankSchedule(TrainerCallback):
