@@ -1,4 +1,4 @@
-"""``python -m stella_kernels info``, ``verify`` and ``compile-report``: what is here, and whether it is right."""
+"""``python -m stella_kernels``: what is here and whether it is right; adapters as servers read them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 from .environment import VARIABLES
 from .operators import backends
 from .operators.signatures import OPERATORS
+from .serving import command as serving_command
 from .verification.case_table import cases
 from .verification.judge import Result, check, implementations
 from .version import __version__
@@ -180,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m stella_kernels",
-        description="What this machine has, and whether what it computes is right.",
+        description="What this machine has, and whether what it computes is right; adapters as servers read them.",
         epilog="Start with info, then verify. Benchmarks are run from a checkout: python -m bench --help. "
         "COMMAND --help tells of a command's options.",
     )
@@ -195,7 +196,10 @@ def main(arguments: list[str] | None = None) -> int:
     compiled.add_argument("--ranks", nargs="+", type=int, choices=(16, 32, 64, 128), help="padded ranks (default: all)")
     compiled.add_argument("--kernels", default="", help="only those whose name contains this")
     compiled.add_argument("--candidates", action="store_true", help="also what autotuning may choose on a GPU")
+    serving_command.add_commands(commands)
     parsed = parser.parse_args(arguments)
+    if parsed.command in ("export", "import"):
+        return serving_command.run(parsed)
     if parsed.command is None:
         parser.print_help()
         return 0

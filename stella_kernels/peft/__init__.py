@@ -13,12 +13,17 @@ from .registration import OLDEST_PEFT, register, require_peft
 require_peft()
 
 from .config import StellaConfig  # noqa: E402  (needs PEFT, which was just checked for)
-from .layer import Linear, StellaLayer  # noqa: E402
+from .layer import StellaLayer  # noqa: E402
+from .linear import Linear  # noqa: E402
+from .lora_export import convert_to_lora, save_as_lora, teach_conversion  # noqa: E402
 from .model import StellaModel  # noqa: E402
+from .ranks.reduction import reduce_rank  # noqa: E402
 
 register(StellaConfig, StellaModel)
+teach_conversion()
 
 if TYPE_CHECKING:
+    from .ranks.schedule import RankSchedule
     from .trainer import (
         DiagnosticsCallback,
         StellaCallback,
@@ -41,6 +46,7 @@ __all__ = [
     "OLDEST_PEFT",
     "DiagnosticsCallback",
     "Linear",
+    "RankSchedule",
     "StellaCallback",
     "StellaConfig",
     "StellaLayer",
@@ -48,7 +54,10 @@ __all__ = [
     "StellaTrainer",
     "StellaTrainerMixin",
     "attach_adapter",
+    "convert_to_lora",
     "parameter_groups",
+    "reduce_rank",
+    "save_as_lora",
 ]
 
 
@@ -58,4 +67,8 @@ def __getattr__(name: str) -> Any:
         from . import trainer
 
         return getattr(trainer, name)
+    if name == "RankSchedule":
+        from .ranks.schedule import RankSchedule
+
+        return RankSchedule
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -38,6 +38,8 @@ class StellaConfig(PeftConfig):
         stella_geometry: ``'stiefel'``, or for ablation ``'euclidean'`` (no constraint) or ``'quotient'`` (U, S and V
             move together, horizontally; S full), see ``optim.attach``.
         stella_diag_s: store ``S`` as a vector of r numbers, the diagonal.
+        stella_frozen_subspaces: train S alone; U and V stay where they start. With ``init_lora_weights='svd_major'``
+            the method of LoRA-XS (S full) and SVFit (S diagonal). There is nothing to attach then.
         stella_grad_scaling: divide a factor's step by ``sqrt(n / d)``, n being its long side: ``True`` takes the
             model's hidden size as d, a number is d itself, ``False`` leaves steps alone.
         fan_in_fan_out: the weight of a layer that is neither ``nn.Linear`` nor ``Conv1D`` (which are recognised, and
@@ -80,6 +82,7 @@ class StellaConfig(PeftConfig):
         default="stiefel", metadata={"help": "Geometry of training: 'stiefel', 'euclidean' or 'quotient'."}
     )
     stella_diag_s: bool = field(default=False, metadata={"help": "Keep S diagonal, stored as a vector."})
+    stella_frozen_subspaces: bool = field(default=False, metadata={"help": "Train S alone; U and V stay."})
     stella_grad_scaling: bool | float = field(
         default=True, metadata={"help": "Scale steps by sqrt(d / n): True (d = hidden size), False, or the number d."}
     )
@@ -127,7 +130,7 @@ class StellaConfig(PeftConfig):
             check_finite_number(name, getattr(self, name))
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout: found {self.lora_dropout!r}, wanted a probability, 0 <= p < 1.")
-        for name in ("stella_diag_s", "fan_in_fan_out", "use_rslora"):
+        for name in ("stella_diag_s", "stella_frozen_subspaces", "fan_in_fan_out", "use_rslora"):
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"{name}: found {value!r}, wanted True or False.")
         for name in ("target_modules", "exclude_modules"):
@@ -148,6 +151,11 @@ class StellaConfig(PeftConfig):
             raise ValueError(
                 "stella_diag_s: found True with stella_geometry='quotient', wanted False: rotating U and V would not "
                 "leave S diagonal, so there is no quotient to take."
+            )
+        if self.stella_geometry == "quotient" and self.stella_frozen_subspaces:
+            raise ValueError(
+                "stella_frozen_subspaces: found True with stella_geometry='quotient', wanted False: the quotient moves "
+                "U, S and V together."
             )
         check_choice("bias", self.bias, BIASES)
         if not isinstance(self.init_lora_weights, bool):

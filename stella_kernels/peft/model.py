@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,9 +21,12 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
+from .combination import check_combination, combined_config, combined_factors, set_factors
 from .config import StellaConfig
 from .factor import layer_features
-from .layer import Linear, StellaLayer
+from .layer import StellaLayer
+from .linear import Linear
+from .merging import quantization_backend
 from .registration import PREFIX
 from .targets import warn_of_left_out, warn_of_unused, watched, why_never_called
 
@@ -144,6 +148,7 @@ class StellaModel(BaseTuner):
             target.update_layer(adapter_name, peft_config, r, alpha)
             return
         layer = Linear(target, adapter_name, peft_config, r, alpha)
+        layer.quantization_backend = quantization_backend(layer.get_base_layer(), self.model)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is trained only once it is set active
         self._replace_module(parent, target_name, layer, target)
@@ -156,14 +161,17 @@ class StellaModel(BaseTuner):
             )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As PEFT's, but every layer is checked before the first is changed.
+        """As PEFT's, but every layer is checked before the first is changed, and where one fails all are put back.
+
+        A quantized weight is then exactly what it was, another one up to the round-off of its dtype.
 
         Raises:
             ValueError: with ``safe_merge``, a merged weight is not finite.
-            TypeError: a base weight is quantized.
+            TypeError: a base weight is quantized in a way that cannot be written.
         """
         self._check_merge(adapter_names, safe_merge)
-        super().merge_adapter(adapter_names, safe_merge=safe_merge)
+        with self._all_or_none():
+            super().merge_adapter(adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
         self,
@@ -172,16 +180,74 @@ class StellaModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
-        if merge:
-            self._check_merge(adapter_names, safe_merge)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        if merge:  # PEFT merges each layer as it takes it out; here all are merged before the first is
+            self.merge_adapter(adapter_names, safe_merge=safe_merge)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "All adapters are already merged")
+            return super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
 
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refused, by ``NotImplementedError``: a sum of adapters of rank r is no adapter of rank r on the manifolds."""
-        raise NotImplementedError(
-            "add_weighted_adapter: a weighted sum of StelLA adapters has no orthonormal factors of the same rank. Use "
-            "them together, `model.base_model.set_adapter([...])`, or merge them, `model.merge_adapter([...])`."
-        )
+    @torch.no_grad()
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        **options: Any,
+    ) -> None:
+        """Add ``Σ w_i · adapter_i`` as a new adapter, with a scale of 1, inactive and frozen.
+
+        Args:
+            adapters: names of adapters of this model; a layer sums those that it has.
+            weights: one each; negative ones subtract.
+            adapter_name: the new adapter's.
+            combination_type: 'cat', exact, of the sum of the ranks (at most a layer's smaller side), by a QR of the
+                joined factors; or 'svd', that cut optimally to ``svd_rank``, at the cost of the small core.
+            svd_rank: of 'svd'; the largest rank of the adapters by default.
+
+        Raises:
+            NotImplementedError: another ``combination_type``, or an option of PEFT's for one.
+            ValueError, TypeError: an unknown or existing name, an argument of a wrong type, adapters with
+                ``modules_to_save``. Nothing was changed.
+        """
+        if asked := [name for name in ("svd_clamp", "density") if options.get(name) is not None]:
+            raise NotImplementedError(f"{asked[0]}: found {options[asked[0]]!r}, which StelLA's sums do not have.")
+        check_combination(self.peft_config, adapters, weights, adapter_name, combination_type, svd_rank)
+        configs: list[Any] = [self.peft_config[name] for name in adapters]
+        diagonal = all(config.stella_diag_s for config in configs)
+        factors = combined_factors(self.model, adapters, weights, combination_type, svd_rank, diagonal)
+        ranks = {name: U.shape[1] for name, (U, _, _) in factors.items()}
+        self.peft_config[adapter_name] = combined_config(configs[0], ranks, diagonal)
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except BaseException:
+            del self.peft_config[adapter_name]
+            raise
+        for name, each in factors.items():
+            layer: Any = self.model.get_submodule(name)
+            set_factors(layer, adapter_name, each)
+
+    def subtract(self, minuend: str, subtrahend: str, adapter_name: str, **options: Any) -> None:
+        """Add ``minuend − subtrahend`` as a new adapter: ``add_weighted_adapter`` with weights 1 and −1, 'cat'."""
+        options.setdefault("combination_type", "cat")
+        self.add_weighted_adapter([minuend, subtrahend], [1.0, -1.0], adapter_name, **options)
+
+    @contextmanager
+    def _all_or_none(self) -> Iterator[None]:
+        """Within: where an error is raised, layers that were merged by then are unmerged again."""
+        layers = [layer for layer in self.model.modules() if isinstance(layer, Linear)]
+        before = [(layer, list(layer.merged_adapters), layer.kept_base()) for layer in layers]
+        try:
+            yield
+        except BaseException:
+            for layer, merged, kept in before:
+                if kept is not None:
+                    layer.put_back(kept)
+                elif new := [name for name in layer.merged_adapters if name not in merged]:
+                    with onload_layer(layer):
+                        layer.unmerge(new)
+            raise
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         for name, layer in self.model.named_modules():

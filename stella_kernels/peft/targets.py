@@ -16,7 +16,8 @@ import torch
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from torch import nn
 
-from .layer import Linear, Seen
+from .layer import Seen
+from .linear import Linear
 
 
 def why_never_called(model: nn.Module, name: str) -> str | None:

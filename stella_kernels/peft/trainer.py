@@ -44,12 +44,24 @@ def adapter_settings(model: nn.Module) -> tuple[str, bool | float, str]:
     return retraction, grad_scaling, geometry
 
 
+def subspaces_are_frozen(model: nn.Module) -> bool:
+    """Whether every active StelLA adapter trains its S alone, so that there is no geometry to keep."""
+    adapter_settings(model)
+    layers = [module for module in model.modules() if isinstance(module, StellaLayer)]
+    active = {name for layer in layers for name in layer.active_adapters if name in layer.r}
+    configs: Any = getattr(model, "peft_config", {})
+    return all(configs[name].stella_frozen_subspaces for name in active if isinstance(configs.get(name), StellaConfig))
+
+
 def check_trainable(model: nn.Module) -> None:
     """Raise unless the active adapters' factors can be trained as they are.
 
     Raises:
-        ValueError: none is trainable, or some are in a narrower dtype than the float32 they were made in.
+        ValueError: none is trainable, or some are in a narrower dtype than the float32 they were made in. Not of an
+            adapter whose subspaces are frozen by its configuration.
     """
+    if subspaces_are_frozen(model):
+        return
     factors = stiefel_factors(model)
     if not factors:
         adapter_settings(model)  # no active adapter at all is said there
@@ -84,11 +96,14 @@ def _hidden_size(model: nn.Module) -> float:
 
 
 def retracts_by_itself(optimizer: torch.optim.Optimizer, model: nn.Module) -> bool:
-    """Whether ``optimizer`` is a ``StellaAdamW`` that constrains all trainable factors of ``model``: nothing to attach.
+    """Whether there is nothing to attach: ``optimizer`` is a ``StellaAdamW`` that constrains all trainable factors of
+    ``model``, or the adapter trains none.
 
     Raises:
         ValueError: it does, but not with the retraction, geometry and scaling of the adapter's configuration.
     """
+    if subspaces_are_frozen(model):
+        return True
     inner = next((one for one in hooked_optimizers(optimizer) if isinstance(one, StellaAdamW)), None)
     if inner is None:
         return False

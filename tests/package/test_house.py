@@ -24,6 +24,7 @@ ROOMS: dict[str, list[tuple[str, ...]]] = {
         ("nn",),
         ("diagnostics",),
         ("optim",),
+        ("serving",),
         ("peft",),
         ("verification",),
         ("__main__",),

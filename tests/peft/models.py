@@ -61,6 +61,17 @@ def stir(model: nn.Module, adapter: str = "default") -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def trained(base: nn.Module, **settings: object) -> nn.Module:
+    """A model with an adapter as after training: every factor away from its start."""
+    model = stir(adapted(base, **settings))
+    for layer in stella_layers(model).values():
+        U, _, Vt = layer.factors("default")
+        nn.init.orthogonal_(U)
+        nn.init.orthogonal_(Vt)
+    return model
+
+
 def tokens(rows: int = 3, length: int = 7) -> Tensor:
     return torch.randint(0, VOCABULARY, (rows, length))
 

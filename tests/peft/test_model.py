@@ -280,11 +280,3 @@ def test_compiles_as_one_graph():
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert difference(found[name], parameter.grad) < SAME_LOGITS, name
-
-
-def test_a_weighted_sum_of_adapters_is_refused_with_advice():
-    model = adapted(llama())
-    model.add_adapter("second", StellaConfig(target_modules=["q_proj"]))
-    with pytest.raises(NotImplementedError, match=r"add_weighted_adapter.*set_adapter.*merge_adapter"):
-        model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "sum")
-    assert set(model.peft_config) == {"default", "second"}

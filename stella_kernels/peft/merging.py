@@ -1,0 +1,163 @@
+"""Merging adapters into the base weight, which may be quantized, and taking them out again."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from .factor import master_dtype
+from .layer import StellaLayer
+
+
+def quantization_backend(base: nn.Module, model: nn.Module) -> Any:
+    """PEFT's way to read and write the quantized weight of ``base``, a layer of ``model``; None where it has none.
+
+    PEFT 0.21 knows bitsandbytes, HQQ, and torchao where the model's configuration says how to quantize again.
+    """
+    try:
+        from peft.utils.quantization_utils import resolve_quantization_backend
+    except ImportError:
+        return None
+    options = {}
+    try:
+        getter = operator.attrgetter("hf_quantizer.quantization_config.get_apply_tensor_subclass")
+        options["get_apply_tensor_subclass"] = getter(model)
+    except AttributeError:
+        pass  # a torchao weight is not to be quantized again then
+    try:
+        return resolve_quantization_backend(base, **options)
+    except ValueError:
+        return None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A quantized base layer before a merge: the module, its weight, attributes of objects, the merged adapters."""
+
+    base_layer: nn.Module
+    weight: Any
+    attributes: list[tuple[Any, dict[str, Any]]]
+    merged: list[str]
+
+
+class MergingLayer(StellaLayer):
+    """A StelLA layer whose adapters can be merged."""
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters to the base weight, summed in full precision and rounded once to the weight's dtype.
+
+        A weight quantized by bitsandbytes, HQQ or torchao is dequantized, added to and quantized again.
+
+        Args:
+            safe_merge: check the sum before anything of this layer is changed.
+            adapter_names: those to merge; all active ones by default.
+
+        Raises:
+            ValueError: with ``safe_merge``, the sum is not finite.
+            TypeError: the base weight is quantized in a way that cannot be written.
+        """
+        adapters = self._present(check_adapters_to_merge(self, adapter_names))
+        if not adapters:
+            return
+        self._set_base_weight(self._merged_weight(adapters, safe_merge))
+        self.merged_adapters.extend(adapters)
+
+    @torch.no_grad()
+    def check_merge(
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None, name: str = "this layer"
+    ) -> None:
+        """Raise what ``merge`` with the same arguments would raise, calling the layer ``name``, and change nothing."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        adapters = [name for name in self._present(names) if name not in self.merged_adapters]
+        if adapters and safe_merge:
+            self._merged_weight(adapters, True, name)
+        elif adapters:
+            self._base_weight()
+
+    @torch.no_grad()
+    def unmerge(self, adapter_names: list[str] | None = None) -> None:
+        """Subtract merged adapters again, all by default: the old base weight up to its own round-off."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        names = list(self.merged_adapters) if adapter_names is None else adapter_names
+        self._set_base_weight(self._base_weight_plus(self._present(names), -1))
+        self.merged_adapters = [name for name in self.merged_adapters if name not in names]
+
+    def kept_base(self) -> Kept | None:
+        """What ``put_back`` needs to undo a merge exactly where the weight is quantized; else None: see ``unmerge``."""
+        if self.quantization_backend is None:
+            return None
+        base: Any = self.get_base_layer()
+        # bitsandbytes marks the old weight while it makes a new one, and keeps 8-bit codes beside it
+        objects = [one for one in (base.weight, getattr(base, "state", None)) if one is not None]
+        return Kept(self.base_layer, base.weight, [(one, dict(vars(one))) for one in objects], [*self.merged_adapters])
+
+    def put_back(self, kept: Kept) -> None:
+        """The base layer, its quantized weight and the list of merged adapters as ``kept_base`` found them."""
+        self.base_layer, self.merged_adapters = kept.base_layer, kept.merged
+        for one, attributes in kept.attributes:
+            vars(one).update(attributes)
+        base: Any = self.get_base_layer()
+        base.__dict__.pop("weight", None)
+        base.weight = kept.weight
+
+    def _merged_weight(self, adapters: list[str], safe_merge: bool, name: str = "this layer") -> Tensor:
+        merged = self._base_weight_plus(adapters, 1)
+        if safe_merge and not bool(merged.isfinite().all()):
+            broken = [a for a in adapters if not bool(self.get_delta_weight(a).isfinite().all())]
+            if broken:  # in PEFT's words
+                fault = "".join(f" The adapter {adapter} seems to be broken:" for adapter in broken)
+                fault += f" its factors in {name} hold NaN or an infinity;"
+            elif not bool(self._base_weight().isfinite().all()):
+                fault = f" The base weight of {name} holds NaN or an infinity;"
+            else:
+                fault = f" The sum for {name} overflows {merged.dtype}, though all its terms are finite;"
+            raise ValueError(f"NaNs detected in the merged weights.{fault} safe_merge has changed nothing.")
+        return merged
+
+    def _base_weight(self) -> Tensor:
+        """The base weight, dequantized."""
+        base: Any = self.get_base_layer()
+        if self.quantization_backend is not None:
+            if not self.quantization_backend.supports_merge:
+                raise TypeError(
+                    f"merge: found a base weight of {self.quantization_backend.backend_name}, which cannot be written; "
+                    "load the base model without quantization to merge into it."
+                )
+            weight: Tensor = self.quantization_backend.get_base_weight(base)
+            return weight.detach()
+        weight = base.weight.detach()
+        # a subclass, as torchao's, may call itself a float and be none
+        if type(weight) is not Tensor or not weight.is_floating_point() or weight.element_size() == 1:
+            kind = "" if type(weight) is Tensor else f"{type(weight).__name__}, "
+            raise TypeError(
+                f"merge: found a base weight of {kind}{weight.dtype}, wanted float32, float64, bfloat16 or float16; "
+                "load the base model without quantization to merge into it."
+            )
+        return weight
+
+    def _set_base_weight(self, weight: Tensor) -> None:
+        if self.quantization_backend is None:
+            self.get_base_layer().weight.data = weight
+            return
+        warnings.warn(
+            f"merge: the base weight is quantized again ({self.quantization_backend.backend_name}), which rounds the "
+            "sum with the adapter; the merged model differs from the adapted one by that.",
+            stacklevel=3,
+        )
+        self.quantization_backend.set_base_weight(self, weight)
+
+    def _base_weight_plus(self, adapters: list[str], sign: int) -> Tensor:
+        weight = self._base_weight()
+        total = weight.to(master_dtype(weight.dtype), copy=True)
+        for adapter in adapters:
+            total.add_(self.get_delta_weight(adapter).to(weight.device), alpha=sign)
+        return total.to(weight.dtype)
