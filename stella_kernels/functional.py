@@ -148,7 +148,7 @@ def stella_linear(
         scale: s, alpha / r, or alpha / sqrt(r) with rsLoRA.
         dropout_p: probability that an element of x is dropped before the adapter (the base sees x itself); in force
             when ``training``. The mask is Philox's under a seed drawn from torch's default generator, so
-            ``torch.manual_seed`` and activation checkpointing reproduce it.
+            ``torch.manual_seed`` and activation checkpointing reproduce it; p counts in steps of 2⁻¹⁶.
         training: whether dropout is in force.
         recompute: compute A anew in the backward pass instead of keeping its T r elements.
 

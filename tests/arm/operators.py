@@ -101,8 +101,7 @@ class Arm64:
     def _dropout(self, p: float, seed: Tensor | None) -> int:
         if p == 0.0 or seed is None:
             return self._machine.put(struct.pack("<qQdi4x", 0, 0, 1.0, 0))
-        scale = 1.0 / (1.0 - p) if p < 1.0 else torch.inf
-        return self._machine.put(struct.pack("<qQdi4x", int(seed), philox.keep_threshold(p), scale, 1))
+        return self._machine.put(struct.pack("<qQdi4x", int(seed), philox.keep_threshold(p), philox.kept_scale(p), 1))
 
     def philox_dropout(self, a: signatures.PhiloxDropout) -> Tensor:
         out = torch.full(a.x.shape, torch.nan, dtype=a.x.dtype)

@@ -39,7 +39,7 @@ def test_reference_gradients_are_those_of_the_forward_formula(diagonal: bool, p:
     seed = torch.tensor(77)
     x, U, S, Vt = layer.x, layer.U, layer.S, layer.Vt
     core = S.diag() if diagonal else S
-    kept = philox.dropout_mask(x.shape, p, seed).double() / (1 - p) if p else torch.ones_like(x)
+    kept = philox.dropout_mask(x.shape, p, seed).double() * philox.kept_scale(p) if p else torch.ones_like(x)
     y = SCALE * (U @ core @ Vt @ (x * kept).mT).mT
     grad_y = torch.randn_like(y)
     delta, _ = adapter.adapter_forward(x, U, S, Vt, SCALE, p, seed)
@@ -239,7 +239,7 @@ def test_dropout_uses_one_mask_forward_and_backward(p: float, dtype: torch.dtype
     layer = make(Case((3, 17), 19, 23, 4), dtype)
     seed = seed_of_next_call()
     rows, longest = 51, 51
-    # the kept elements are scaled by 1/(1 - p) and rounded once more; a wrong mask changes half of A and is far outside
+    # the kept elements are scaled and rounded once more; a wrong mask changes half of A and is far outside
     bound = tolerance(dtype, longest) + 2 * torch.finfo(dtype).eps
     assert layer.x.numel() == rows * 23
     check(lambda t: stella_linear(*t, SCALE, p), layer, p, seed, bound)

@@ -13,13 +13,13 @@ from tests.functional.adapter_layers import DTYPES, KERNELS
 
 @pytest.mark.parametrize(
     ("counter", "key", "words"),
-    [  # Random123's known answers for philox4x32-10
-        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    [  # Random123's known answers for philox4x32 of seven rounds
+        ((0, 0, 0, 0), (0, 0), (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
         (
             (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
             (0xA4093822, 0x299F31D0),
-            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+            (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A),
         ),
     ],
 )
@@ -29,25 +29,34 @@ def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, ...], wo
     assert tuple(int(w) for w in found) == words
 
 
-def test_mask_follows_the_documented_layout() -> None:
-    seed = torch.tensor(-(2**62) + 12345)  # a negative seed uses all 64 bits
-    shape, p = (3, 4 * philox._CHUNK // 3 + 5), 0.3  # crosses a chunk, and ends inside a block
-    mask = philox.dropout_mask(shape, p, seed).flatten()
+@pytest.mark.parametrize("shape", [(3, 2 * philox._CHUNK + 5), (2 * philox._CHUNK, 9), (2, 5, 12), (7,)])
+def test_mask_follows_the_documented_layout(shape: tuple[int, ...]) -> None:
+    seed, p = torch.tensor(-(2**62) + 12345), 0.3  # a negative seed uses all 64 bits
+    mask = philox.dropout_mask(shape, p, seed).reshape(-1, shape[-1])  # crosses chunks, and rows end inside a block
     key = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
-    for i in (0, 1, 2, 3, 4, 4 * philox._CHUNK - 1, 4 * philox._CHUNK, mask.numel() - 1):
-        zero = torch.zeros((), dtype=torch.int64)
-        words = philox.philox_4x32((torch.tensor(i // 4), zero, zero, zero), key)
-        assert bool(mask[i]) == (int(words[i % 4]) >= round(p * 2**32)), i
+    zero = torch.zeros((), dtype=torch.int64)
+    for row in {0, 1, len(mask) // 2, len(mask) - 1} & set(range(len(mask))):
+        for column in {*range(9), shape[-1] - 1} & set(range(shape[-1])):
+            words = philox.philox_4x32((torch.tensor(column // 8), torch.tensor(row), zero, zero), key)
+            number = int(words[column % 8 // 2]) >> 16 * (column % 2) & 0xFFFF
+            assert bool(mask[row, column]) == (number >= round(p * 2**16)), (row, column)
 
 
-def test_block_counter_uses_its_high_half() -> None:
-    seed = torch.tensor(3)
-    start = 2**32 - 1
-    first, second = philox.random_words(start, 2, seed)
-    zero, one = torch.tensor(0), torch.tensor(1)
-    key = (seed, zero)
-    assert first.tolist() == [int(w) for w in philox.philox_4x32((torch.tensor(start), zero, zero, zero), key)]
-    assert second.tolist() == [int(w) for w in philox.philox_4x32((zero, one, zero, zero), key)]
+def test_the_counter_has_all_bits_of_a_row() -> None:
+    seed, row, block = torch.tensor(3), torch.tensor([2**32 + 5, 5]), torch.tensor([1, 1])
+    high, low = philox.random_numbers(row, block, seed)
+    zero, one, five = (torch.tensor(value) for value in (0, 1, 5))
+    for found, top in ((high, one), (low, zero)):
+        words = philox.philox_4x32((one, five, top, zero), (seed, zero))
+        assert found.tolist() == [half for w in words for half in (int(w) & 0xFFFF, int(w) >> 16)]
+
+
+@pytest.mark.parametrize("p", [1e-300, 1e-6, 0.1, 0.3, 1 - 1e-6, 1 - 1e-16, 1.0])
+def test_what_is_kept_keeps_the_mean(p: float) -> None:
+    threshold = philox.keep_threshold(p)
+    kept = sum(number >= threshold for number in range(2**16)) / 2**16  # of all numbers
+    assert kept * philox.kept_scale(p) == pytest.approx(1.0 if p < 1.0 else 0.0, rel=1e-15)
+    assert abs(kept - (1.0 - p)) <= 2**-17 or (p > 1.0 - 2**-17 and kept == 2**-16)
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
@@ -67,7 +76,7 @@ def test_dropout_scales_what_it_keeps_and_zeroes_the_rest(dtype: torch.dtype) ->
     kept = philox.dropout_mask(x.shape, p, seed)
     assert found.dtype == dtype
     assert torch.equal(found[~kept], torch.zeros_like(found[~kept]))
-    wide = x.double() / (1 - p)
+    wide = x.double() * philox.kept_scale(p)
     # the reciprocal and the product round once each, in float32 at least, and the store once
     bound = 3 * torch.finfo(dtype).eps / 2 * wide.abs()
     clean = kept & ~x.isnan()

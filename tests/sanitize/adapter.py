@@ -182,7 +182,7 @@ def philox_dropout(random: Random, generator: torch.Generator) -> Call:
             return ["an element that is dropped is not 0"]
         if kind != "gaussian":
             return []
-        exact = torch.where(mask, x.view.double() / (1.0 - p if p < 1.0 else 1.0), 0.0)
+        exact = torch.where(mask, x.view.double() * philox.kept_scale(p), 0.0)
         largest = torch.finfo(dtype).max
         return away("kept", kept, exact, 2 * round_offs(dtype)[0]) if float(exact.abs().sum()) < largest else []
 

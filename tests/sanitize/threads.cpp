@@ -208,7 +208,7 @@ void adapter(const stella::Pool& pool, Storage storage, bool diagonal, bool drop
   Matrix grad_U = made(kOutputs, kRank, true, 0.0), grad_V = made(kInputs, kRank, false, 0.0), grad_S = S;
   const stella::AdapterFactors factors = {U.view, V.view, S.view, diagonal};
   stella::Dropout dropout;
-  if (dropped) dropout = {99, uint64_t(1) << 30, 4.0 / 3.0, true};
+  if (dropped) dropout = {99, uint64_t(1) << 14, 4.0 / 3.0, true};
 
   stella::AdapterForward forward = {};
   forward.shape = {kRows, kOutputs, kInputs, kRank, storage == Storage::float64};

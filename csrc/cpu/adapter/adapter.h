@@ -106,11 +106,10 @@ void times_packed_core(const AdapterShape& shape, const AdapterPlan& plan, int64
 }
 
 // The masks of columns [begin, begin + count) of `rows` rows; where the row's first one is goes to `starts`.
-STELLA_INLINE void masks_of_rows(const AdapterShape& shape, const Dropout& dropout, const PhiloxKeys& keys, int64_t row,
-                                 int64_t rows, int64_t begin, int64_t count, int64_t distance, uint32_t* buffer,
+STELLA_INLINE void masks_of_rows(const Dropout& dropout, const PhiloxKeys& keys, int64_t row, int64_t rows,
+                                 int64_t begin, int64_t count, int64_t distance, uint32_t* buffer,
                                  const uint32_t** starts) {
-  for (int64_t i = 0; i < rows; ++i)
-    starts[i] = mask_of(dropout, keys, (row + i) * shape.n + begin, count, buffer + i * distance);
+  for (int64_t i = 0; i < rows; ++i) starts[i] = mask_of(dropout, keys, row + i, begin, count, buffer + i * distance);
 }
 
 template <typename T>
@@ -134,8 +133,7 @@ void forward_rows(const AdapterForward& job, int64_t begin, int64_t end) {
       }
       const int64_t some = rows - i < kTileRows ? rows - i : kTileRows;
       const uint32_t* masks[kTileRows] = {};
-      if (job.dropout.active)
-        masks_of_rows(shape, job.dropout, keys, begin + i, some, k, count, mask_row, s.mask, masks);
+      if (job.dropout.active) masks_of_rows(job.dropout, keys, begin + i, some, k, count, mask_row, s.mask, masks);
       for (int64_t t = 0; t < some; ++t)
         pack_row(job.x, begin + i + t, k, count, padded, masks[t], static_cast<T>(job.dropout.scale),
                  s.panel + t * plan.leading);
@@ -268,8 +266,7 @@ void backward_rows(const AdapterBackward& job, int64_t begin, int64_t end, const
     for (int64_t i = 0; i < rows; i += kGroupRows) {
       const int64_t some = rows - i < kGroupRows ? rows - i : kGroupRows;
       const uint32_t* masks[kGroupRows] = {};
-      if (job.dropout.active)
-        masks_of_rows(shape, job.dropout, keys, begin + i, some, k, count, mask_row, s.mask, masks);
+      if (job.dropout.active) masks_of_rows(job.dropout, keys, begin + i, some, k, count, mask_row, s.mask, masks);
       for (int64_t t = 0; t < some; t += kTileRows) {
         if (job.need_V) fetch_rows(job.x, begin + i + kGroupRows + t, end, k, count);
         if (need_input && job.beta != 0.0) fetch_rows(job.grad_x, begin + i + kGroupRows + t, end, k, count);
@@ -364,7 +361,7 @@ void dropout_rows(const MatrixView& x, const MatrixView& out, const Dropout& dro
     for (int64_t row = begin; row < end; ++row)
       for (int64_t k = 0; k < x.r; k += kColumns) {
         const int64_t count = x.r - k < kColumns ? x.r - k : kColumns;
-        const uint32_t* mask = mask_of(dropout, keys, row * x.r + k, count, buffer);
+        const uint32_t* mask = mask_of(dropout, keys, row, k, count, buffer);
         const S* from = data + row * x.row_stride + k * x.col_stride;
         S* to = static_cast<S*>(out.data) + row * out.row_stride + k;
         auto loop = [&](int64_t stride) {

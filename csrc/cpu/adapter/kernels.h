@@ -7,11 +7,10 @@
 
 namespace stella {
 
-// Element i of the flattened (T, n) input is kept where its Philox word is at least the threshold
-// (reference/philox.py).
+// An element of the (T, n) input is kept where its 16 bits of Philox are at least the threshold (reference/philox.py).
 struct Dropout {
   uint64_t seed = 0;
-  uint64_t threshold = 0;  // 0 keeps everything, 2^32 nothing
+  uint64_t threshold = 0;  // 0 keeps everything, 2^16 nothing
   double scale = 1.0;      // of what is kept
   bool active = false;
 };

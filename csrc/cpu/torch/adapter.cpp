@@ -1,4 +1,5 @@
 // The adapter's operators under torch's dispatcher, on the stable ABI.
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -49,8 +50,10 @@ stella::Dropout dropout_of(const char* op, double p, const std::optional<Tensor>
                   "found ", shape_of(*seed), ", ", dtype_of(*seed),
                   ", wanted an int64 scalar tensor on the CPU beside a dropout.");
   dropout.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
-  dropout.threshold = static_cast<uint64_t>(std::nearbyint(p * 4294967296.0));
-  dropout.scale = 1.0 / (1.0 - p);
+  constexpr uint64_t kLevels = 1 << 16;  // as in reference/philox.py
+  const uint64_t nearest = static_cast<uint64_t>(std::nearbyint(p * static_cast<double>(kLevels)));
+  dropout.threshold = p == 1.0 ? kLevels : std::min(nearest, kLevels - 1);
+  dropout.scale = static_cast<double>(kLevels) / static_cast<double>(kLevels - dropout.threshold);
   dropout.active = true;
   return dropout;
 }

@@ -96,7 +96,6 @@ def project_kernel(
     INDEX: tl.constexpr,
     DROPOUT: tl.constexpr,
     DROPS_ALL: tl.constexpr,
-    QUADS: tl.constexpr,
     DIAGONAL: tl.constexpr,
     SPLIT: tl.constexpr,
     R: tl.constexpr,
@@ -119,7 +118,7 @@ def project_kernel(
         at = (rows.to(INDEX) * x_row)[:, None] + (columns.to(INDEX) * x_column)[None, :]
         tile = tl.load(x + at, mask=mask, other=0.0)  # (ROWS, COLUMNS)
         if DROPOUT:
-            keep = kept(seed, threshold, start, rows, first, n, DROPS_ALL, QUADS, COLUMNS)
+            keep = kept(seed, threshold, start, first, DROPS_ALL, ROWS, COLUMNS)
             tile = tl.where(keep, tile, 0.0)
         at = (ranks.to(INDEX) * v_row)[:, None] + (columns.to(INDEX) * v_column)[None, :]
         V = tl.load(Vt + at, mask=(ranks < r)[:, None] & (columns < n)[None, :], other=0.0)  # (R, COLUMNS)

@@ -160,7 +160,6 @@ def spread_kernel(
     INDEX: tl.constexpr,
     DROPOUT: tl.constexpr,
     DROPS_ALL: tl.constexpr,
-    QUADS: tl.constexpr,
     NEED_X: tl.constexpr,
     NEED_V: tl.constexpr,
     READ: tl.constexpr,
@@ -195,7 +194,7 @@ def spread_kernel(
         k = narrowed(tl.load(K + rows[:, None] * r + ranks[None, :], mask=mask, other=0.0), OPERAND, DOT, TO)
         mask = (rows < left)[:, None] & (columns < n)[None, :]
         if DROPOUT:
-            keep = kept(seed, threshold, start, rows, first, n, DROPS_ALL, QUADS, COLUMNS)
+            keep = kept(seed, threshold, start + block, first, DROPS_ALL, ROWS, COLUMNS)
         if NEED_V:
             at = (rows.to(INDEX) * x_row)[:, None] + (columns.to(INDEX) * x_column)[None, :]
             tile = tl.load(x + at, mask=mask, other=0.0)  # (ROWS, COLUMNS)

@@ -73,19 +73,15 @@ class Layer:
         return scratch(shape, dtype or self.wide, self.U.device)
 
 
-def _dropout(p: float, n: int) -> Arguments:
-    """Compile-time switches of the mask of (T, n) activations."""
-    return {"DROPOUT": p > 0.0, "DROPS_ALL": p == 1.0, "QUADS": n % 4 == 0}
+def _dropout(p: float) -> Arguments:
+    """Compile-time switches of the mask of activations."""
+    return {"DROPOUT": p > 0.0, "DROPS_ALL": p == 1.0}
 
 
 def threshold_of(p: float) -> int:
-    """The smallest word that keeps its element, as the int32 of the same bits."""
-    threshold = min(philox.keep_threshold(p), 2**32 - 1)
-    return threshold - 2**32 if threshold >= 2**31 else threshold
-
-
-def inverse_of(p: float) -> float:
-    return 1.0 / (1.0 - p) if p < 1.0 else 0.0
+    """The smallest number that keeps its element, in the upper half of an int32; of p = 1 it is not read."""
+    threshold = philox.keep_threshold(p) % 2**16
+    return (threshold - 2**16 if threshold >= 2**15 else threshold) * 2**16
 
 
 def _index(rows: int, columns: int, *tensors: Tensor) -> tl.dtype:
@@ -145,8 +141,8 @@ def launch_products(
         project_kernel,
         (triton.cdiv(T, tiles.rows) * strips,),
         *(x, factor, layer.S, A, P, partials, _seed(layer, x), T, n, r, width, *x.stride(), *factor.stride()),
-        *(*layer.core_strides, threshold_of(p), inverse_of(p)),
-        **(layer.types() | layer.core() | _dropout(p, n)),
+        *(*layer.core_strides, threshold_of(p), philox.kept_scale(p)),
+        **(layer.types() | layer.core() | _dropout(p)),
         INDEX=_index(max(tiles.rows, layer.R), n, x, factor),
         SPLIT=out is None,
         **_options(tiles),
@@ -253,9 +249,9 @@ def launch_spread(
         spread_kernel,
         (chunks * strips,),
         *(x, K, layer.Vt, target, partial_V, _seed(layer, x), T, n, r, chunk),
-        *(*x.stride(), *layer.Vt.stride(), *target.stride(), threshold_of(layer.p), inverse_of(layer.p), beta),
+        *(*x.stride(), *layer.Vt.stride(), *target.stride(), threshold_of(layer.p), philox.kept_scale(layer.p), beta),
         **layer.types(),
-        **_dropout(layer.p, n),
+        **_dropout(layer.p),
         INDEX=_index(max(chunk, layer.R), n, x, target, layer.Vt),
         NEED_X=grad_x is not None,
         NEED_V=need_V,

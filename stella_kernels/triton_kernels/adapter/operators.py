@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from ...operators import arguments, fallback, signatures
+from ...reference.philox import kept_scale
 from ..launch import autotuning
 from ..launch.configuration import ELEMENTS, MAX_RANK, arithmetic, element
 from ..launch.device import on_device_of, runs_on, target_backend
@@ -23,7 +24,6 @@ from .configuration import DROPOUT_TILE, PassTiles, fuses_core, joins_contractio
 from .dropout import dropout_kernel
 from .launches import (
     Layer,
-    inverse_of,
     launch_accumulate,
     launch_contract,
     launch_core,
@@ -179,10 +179,9 @@ def philox_dropout(a: signatures.PhiloxDropout) -> Tensor:
         launch(
             dropout_kernel,
             (triton.cdiv(T, ROWS) * triton.cdiv(n, COLUMNS),),
-            *(rows, out, seed.to(x.device), T, n, *rows.stride(), threshold_of(p), inverse_of(p)),
+            *(rows, out, seed.to(x.device), T, n, *rows.stride(), threshold_of(p), kept_scale(p)),
             TO=element(arithmetic(x.dtype)),
             DROPS_ALL=p == 1.0,
-            QUADS=n % 4 == 0,
             ROWS=ROWS,
             COLUMNS=COLUMNS,
             **launch_options(target_backend()),

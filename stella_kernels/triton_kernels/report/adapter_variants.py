@@ -64,7 +64,7 @@ def _variant(
         **{"PRECISION": precision(dtype, backend), "CORE": core_precision(dtype, backend), "R": R, "DIAGONAL": False},
         **dict.fromkeys(_UNIT_STRIDES, 1),
         **dict.fromkeys(("NEED_Q", "NEED_U", "NEED_S", "NEED_X", "NEED_V"), True),
-        **{"DROPS_ALL": False, "QUADS": True, "READ": True, "BIAS": False, "KEEP": True},
+        **{"DROPS_ALL": False, "READ": True, "BIAS": False, "KEEP": True},
     }
     given = {key: value for key, value in (common | constants).items() if value is not None}
     used = {key: value for key, value in given.items() if key in kernel.arg_names}
