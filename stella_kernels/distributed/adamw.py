@@ -143,6 +143,11 @@ class ShardedAdamW:
         return causes
 
     @property
+    def factors(self) -> list[StiefelFactor]:
+        """The active ones."""
+        return [slot.factor for slot in self.active]
+
+    @property
     def large(self) -> list[ShardedSlot]:
         """Those whose moments may overflow."""
         return [] if self._begun is None else [self.active[i] for i in self._begun.verdict.large]

@@ -138,8 +138,7 @@ class StellaAdamW(AdamW):
         super().__init__(groups, lr, betas, eps, weight_decay, maximize=maximize, foreach=foreach, fused=fused)
         self._step_supports_amp_scaling = False  # GradScaler unscales before the step, also where fused
         targets.check_held(self, found)
-        targets.check_no_weight_decay(self, {id(f.parameter): f.name for f in found})
-        targets.check_orthonormal(found)
+        targets.check_admissible(self, found)
         self.skip_nonfinite = skip_nonfinite
         self.skipped: Counter[str] = Counter()
         self.last_info: Tensor | None = None
@@ -212,13 +211,8 @@ class StellaAdamW(AdamW):
     def _admit(self, new: Sequence[StiefelFactor]) -> None:
         """Factors of the model that began to train after this optimizer was built."""
         if new:
-            self._check(new)
+            targets.check_admissible(self, new)
             self._constrain([*self._factors, *new])
-
-    def _check(self, new: Sequence[StiefelFactor]) -> None:
-        targets.check_shapes(new)
-        targets.check_no_weight_decay(self, {id(f.parameter): f.name for f in new})
-        targets.check_orthonormal(new)
 
     def _constrain(self, factors: Sequence[StiefelFactor]) -> None:
         self._guard.watch([f for f in factors if not self._guard.watches(f)])
@@ -284,8 +278,7 @@ class StellaAdamW(AdamW):
         """The sums of sharded factors, of which nothing is written yet; names of gradients that are not finite."""
         watched = [p for parameters in free for p in parameters]
         causes = self._sharded.begin(watched)
-        factors = [slot.factor for slot in self._sharded.active]
-        if self._guard.judge(factors, self._sharded.drifts, "Nothing was changed by this step"):
+        if self._guard.judge(self._sharded.factors, self._sharded.drifts, "Nothing was changed by this step"):
             causes = self._sharded.begin(watched)  # from where they were brought back to
         return causes
 
@@ -330,7 +323,7 @@ class StellaAdamW(AdamW):
                 targets.check_no_weight_decay(self, {i: slot.factor.name for i, slot in self._slot_of.items()})
             free.append(rest)
         if successors := self._roster.successors(self._factors, held):
-            self._check(successors)
+            targets.check_admissible(self, successors)
             self._guard = Guard((), self._guard.policy)
             self._constrain(successors)
             return self._free_parameters()

@@ -119,10 +119,9 @@ class Attachment:
         self._roster.constrain(self.factors)
         for factor in factors:
             self._constrained[id(factor.parameter)] = factor.name
-            divisor = stiefel.gradient_scaling_divisor(factor.view.shape[0], self._settings.hidden_size)
+            self._divisors.append(stiefel.gradient_scaling_divisor(factor.view.shape[0], self._settings.hidden_size))
             if is_sharded(factor.parameter):
-                self._sharded.add(len(self._divisors), factor, divisor)
-            self._divisors.append(divisor)
+                self._sharded.add(len(self._divisors) - 1, factor, self._divisors[-1])
         self._memory.add(factors)
         self._guard.watch(factors)
 
@@ -163,8 +162,7 @@ class Attachment:
 
     def _company(self) -> list[Attachment]:
         """Those that act on the same optimizers, in the order in which their hooks run; this one too."""
-        found = {a for one in self._alive() for a in attachments_of(one) if a._hooks}
-        return sorted(found, key=lambda a: a._number)
+        return sorted({a for one in self._alive() for a in attachments_of(one) if a._hooks}, key=lambda a: a._number)
 
     def _begin(self, optimizer: Optimizer) -> None:
         """Checks and rewrites the gradients, and keeps the factors as they are.
@@ -258,9 +256,7 @@ class Attachment:
                 f"optimizer: {', '.join(f.name for f in new)} began to train after attach, which geometry='quotient' "
                 "cannot take up; remove() the attachment and attach again."
             )
-        targets.check_shapes(new)
-        targets.check_no_weight_decay(optimizer, {id(f.parameter): f.name for f in new})
-        targets.check_orthonormal(new)
+        targets.check_admissible(optimizer, new)
         if anew:
             self.factors, self._divisors = (), []
             self._memory, self._sharded, self._constrained = Memory(), ShardedFactors(), {}
@@ -346,8 +342,8 @@ class Attachment:
 
     def _retract(self, group: list[int]) -> Tensor:
         moved, previous = [self._memory.views[i] for i in group], [self._memory.snapshot(i) for i in group]
-        divisors = [self._divisors[i] for i in group]
-        return retract_moved(moved, previous, divisors, self._settings.retraction, self._settings.method)
+        settings = self._settings
+        return retract_moved(moved, previous, [self._divisors[i] for i in group], settings.retraction, settings.method)
 
     def _restore(self, active: list[int]) -> None:
         """Give every factor its value before the step, wherever it lies now."""

@@ -227,6 +227,13 @@ def check_orthonormal(factors: Sequence[StiefelFactor]) -> None:
             )
 
 
+def check_admissible(optimizer: Optimizer, factors: Sequence[StiefelFactor]) -> None:
+    """Raise for factors that an optimizer cannot constrain from now on: shapes, weight decay, values."""
+    check_shapes(factors)
+    check_no_weight_decay(optimizer, {id(f.parameter): f.name for f in factors})
+    check_orthonormal(factors)
+
+
 def check_gradient(name: str, parameter: Tensor) -> Tensor:
     """The gradient of ``parameter``, called ``name``, once it is known that it can be rewritten in place.
 

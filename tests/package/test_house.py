@@ -22,6 +22,7 @@ ROOMS: dict[str, list[tuple[str, ...]]] = {
         ("triton_kernels.report", "triton_kernels"),
         ("functional",),
         ("nn",),
+        ("distributed",),
         ("diagnostics",),
         ("optim",),
         ("serving",),
@@ -30,7 +31,7 @@ ROOMS: dict[str, list[tuple[str, ...]]] = {
         ("__main__",),
         ("",),  # the public names
     ],
-    "bench": [("common",), ("stiefel",), ("adapter",), ("traffic", "host"), ("gpu",), ("__main__", "")],
+    "bench": [("common",), ("stiefel",), ("adapter",), ("traffic", "host", "distributed"), ("gpu",), ("__main__", "")],
 }
 
 
