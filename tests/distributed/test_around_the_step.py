@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -78,6 +79,30 @@ def accumulated(clip: bool) -> tuple[Trajectory, Trajectory]:
 @pytest.mark.parametrize("clip", [False, True])
 def test_accumulation_and_clipping(tmp_path: Path, clip: bool) -> None:
     for found, wanted in together(2, tmp_path, accumulated, clip):
+        assert apart(found, wanted) < 1e-6
+
+
+def of_blocks(how: str) -> tuple[Trajectory, Trajectory]:
+    """Blocks that are checkpointed, or compiled, each, before they are sharded; and plain ones on one process."""
+    model = model_of("even")
+    if how == "compiled":
+        for layer in (model.first, model.second):
+            layer.compile(backend="aot_eager")
+    else:
+        apply_activation_checkpointing(model, check_fn=lambda module: module in (model.first, model.second))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    place = shard_placement(model)
+    for layer in (model.first, model.second, model):
+        fully_shard(layer, mesh=mesh, shard_placement_fn=place)
+    plain = model_of("even")
+    trajectory = train(model, StellaAdamW(model, lr=1e-2), 0, 4)
+    renamed = [{name.replace("_checkpoint_wrapped_module.", ""): t for name, t in one.items()} for one in trajectory]
+    return renamed, train(plain, StellaAdamW(plain, lr=1e-2), 0, 4)
+
+
+@pytest.mark.parametrize("how", ["checkpointed", pytest.param("compiled", marks=pytest.mark.whole)])
+def test_blocks_that_are_checkpointed_or_compiled(tmp_path: Path, how: str) -> None:
+    for found, wanted in together(2, tmp_path, of_blocks, how):
         assert apart(found, wanted) < 1e-6
 
 
