@@ -16,12 +16,13 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
 
 from stella_kernels.diagnostics import orthonormality
 from stella_kernels.nn import stiefel_factors
 from stella_kernels.optim import StellaAdamW, attach
 from stella_kernels.peft import StellaConfig, StellaTrainer
-from tests.distributed.problem import BUILDERS, apart, model_of, off, train
+from tests.distributed.problem import BUILDERS, apart, batch, model_of, off, train, whole
 from tests.distributed.processes import together
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -58,6 +59,52 @@ def test_accelerate(tmp_path: Path, build: str) -> None:
     for trajectory in together(2, tmp_path, accelerated, build):
         assert apart(trajectory, wanted) < 1e-6
         assert max(map(off, trajectory)) < 1e-6
+
+
+def data_parallel(build: str) -> list[dict[str, Tensor]]:
+    model = model_of("even")
+    optimizer = BUILDERS[build](model)
+    parallel = DistributedDataParallel(model)
+    trajectory = []
+    for step in range(5):
+        optimizer.zero_grad()
+        x, target = (t.chunk(2)[dist.get_rank()] for t in batch(model, step))
+        (parallel(x) - target).square().mean().backward()
+        optimizer.step()
+        trajectory.append(whole(model))
+    return trajectory
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_data_parallel(tmp_path: Path, build: str) -> None:
+    plain = model_of("even")
+    wanted = train(plain, BUILDERS[build](plain), 0, 5)
+    outcomes = together(2, tmp_path, data_parallel, build)
+    assert apart(outcomes[0], wanted) < 1e-6
+    assert apart(outcomes[0], outcomes[1]) == 0.0  # bit for bit
+
+
+def flattened(build: str) -> str:
+    """As ZeRO does: the optimizer is given one flat copy of this process's part of all parameters."""
+    model = model_of("even")
+    optimizer = BUILDERS[build](model)
+    flat = torch.cat([p.detach().reshape(-1) for p in model.parameters() if p.requires_grad])
+    part = torch.nn.Parameter(flat.chunk(dist.get_world_size())[dist.get_rank()].clone())
+    optimizer.param_groups[0]["params"] = [part]
+    for group in optimizer.param_groups[1:]:
+        group["params"] = []
+    part.grad = torch.ones_like(part)
+    try:
+        optimizer.step()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_flat_copies_are_an_error(tmp_path: Path, build: str) -> None:
+    for text in together(2, tmp_path, flattened, build):
+        assert "optimizer: it does not hold first.U" in text
 
 
 def redundancy_free() -> tuple[list[dict[str, Tensor]], str]:
