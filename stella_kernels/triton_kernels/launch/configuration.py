@@ -42,8 +42,8 @@ class Tiles:
     ``chunk`` rows are one program's, ``block`` rows at a time; ``slab`` columns of the Gram blocks are one program's, R
     where they fit its registers, and with ``halves`` those are held as two tiles of half the columns. Where ``slab`` is
     less than R, no r × r matrix fits either: kernels that multiply by one read it anew for every ``long_block`` rows,
-    ``long_slab`` of its rows at a time. ``small`` and ``small64`` are
-    the blocks of the r × r algebra.
+    ``long_slab`` of its rows at a time. The Gram blocks of what was moved, which compute no step, take
+    ``moved_warps``. ``small`` and ``small64`` are the blocks of the r × r algebra.
     """
 
     block: int
@@ -56,6 +56,7 @@ class Tiles:
     small64: int
     rows64: int
     warps: int
+    moved_warps: int
     solve_warps: int
     items: int = 64  # of a factor, summed at a time
 
@@ -67,21 +68,28 @@ class Tiles:
 
 
 def tiles_for(R: int, dtype: torch.dtype) -> Tiles:
-    """The defaults. A chunk of 64 R rows or more keeps the partial Gram matrices under 5 % of the factors."""
+    """The defaults. A chunk of 64 R rows or more keeps the partial Gram matrices under 5 % of the factors.
+
+    Up to rank 32 few warps share a tile: what every warp does anew, addresses and operands of products among it, is
+    then done seldom, and a step issues for about as long as its bytes take.
+    """
     few = R <= 32
-    slab = R if few or (R == 64 and arithmetic(dtype) == torch.float32) else 32
+    single = arithmetic(dtype) == torch.float32
+    slab = R if few or (R == 64 and single) else 32
+    warps = (2 if single else 4) if few else 8
     return Tiles(
         block=32 if R == 16 else 16,
         chunk=min(8192, max(2048, 64 * R)),
         slab=slab,
-        halves=slab == 64,
+        halves=single and R in (32, 64),
         long_block=32,
         long_slab=16,
-        small=16 if few else 32,
+        small=16 if R == 16 or (few and not single) else 32,
         small64=16,
         rows64=16,
-        warps=4 if few else 8,
-        solve_warps=8,
+        warps=warps,
+        moved_warps=1 if R == 16 and single else warps,
+        solve_warps=(4 if R == 64 else 2 if few else 8) if single else 8,
     )
 
 

@@ -14,9 +14,11 @@ from ..stiefel.moves import ADAMW, POLAR, RETRACT
 from ..stiefel.options import (
     ATTEMPT,
     gram_options,
+    gram_warps,
     holds_halves,
     lays_apart,
     solve_options,
+    solve_warps,
     sum_options,
     update_options,
 )
@@ -51,11 +53,11 @@ def stiefel_variants(
         "SLAB": tiles.slab,
         "CHUNK": tiles.chunk,
     }
-    apart = tiles.halves and lays_apart(arch)
+    apart = tiles.halves and lays_apart(R, arch)
     steps = dtype in (torch.bfloat16, torch.float16)
 
     def variant(name: str, kernel: Any, constants: dict[str, Any], products: bool = True, wide: bool = True) -> Variant:
-        warps = tiles.warps if kernel is not solve_kernel else tiles.solve_warps
+        warps = constants.get("num_warps", tiles.warps)
         used = {key: value for key, value in (common | constants).items() if key in kernel.arg_names}
         label = f"{name} {str(dtype).removeprefix('torch.')} R={R}"
         options = solve_options(backend) if kernel is solve_kernel else FUSION
@@ -85,8 +87,8 @@ def stiefel_variants(
             advance = False
         halves = holds_halves(tiles.halves, KIND, R, arch)
         blocks = {**kind, "ADVANCE": advance, "GRAM": True, "HALVES": halves, "APART": apart}
-        yield variant(f"{name} gram", gram_kernel, blocks)
-        small = {"T": tiles.small, "T64": tiles.small64, "ROWS": tiles.rows64}
+        yield variant(f"{name} gram", gram_kernel, blocks | {"num_warps": gram_warps(tiles, KIND)})
+        small = {"T": tiles.small, "T64": tiles.small64, "ROWS": tiles.rows64, "num_warps": solve_warps(tiles, KIND)}
         yield variant(f"{name} solve", solve_kernel, {**kind, **small}, products=dtype != torch.float64, wide=False)
         yield variant(f"{name} update", update_kernel, kind | tiles.streaming(R))
 

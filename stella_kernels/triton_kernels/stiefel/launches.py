@@ -81,7 +81,7 @@ def _retract(
     workspace = table.scratch(programs, WORKSPACE, R, R, dtype=torch.float64)
     given = couplings if couplings is not None else partials
     gram = {"KIND": KIND, "STEPS": STEPS, "SLAB": tiles.slab, **_common(table)}
-    APART = tiles.halves and options.lays_apart(target_arch())
+    APART = tiles.halves and options.lays_apart(R, target_arch())
     HALVES = options.holds_halves(tiles.halves, KIND, R, target_arch())
     inputs = (table.items, table.rows, settings, given, state, refused, partials, 1.0)
     greedy = options.gram_options(target_backend(), KIND, R)
@@ -92,13 +92,18 @@ def _retract(
         )
         advance = False
     gram_kernel[(table.count, R // tiles.slab)](
-        *inputs, ADVANCE=advance, GRAM=True, HALVES=HALVES, APART=APART, **gram | greedy
+        *inputs,
+        ADVANCE=advance,
+        GRAM=True,
+        HALVES=HALVES,
+        APART=APART,
+        **gram | {"num_warps": options.gram_warps(tiles, KIND)} | greedy,
     )
     solve_kernel[(programs,)](
         *(table.rows, settings, partials, coefficients, scales, state, refused, workspace, info),
         *(table.factors, torch.finfo(arithmetic(table.dtype)).eps / 2),
         **{name: gram[name] for name in ("KIND", "STEPS", "ELEMENT", "TO", "PRECISION", "INDEX", "R")},
-        **{"T": tiles.small, "T64": tiles.small64, "ROWS": tiles.rows64, "num_warps": tiles.solve_warps},
+        **{"T": tiles.small, "T64": tiles.small64, "ROWS": tiles.rows64, "num_warps": options.solve_warps(tiles, KIND)},
         **options.solve_options(target_backend()),
     )
     greedy = options.update_options(target_backend(), KIND, R)

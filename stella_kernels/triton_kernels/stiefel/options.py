@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from ..launch.configuration import FUSION, GREEDY
-from .moves import ADAMW, RETRACT
+from ..launch.configuration import FUSION, GREEDY, Tiles
+from .moves import ADAMW, POLAR, RETRACT
 
 ATTEMPT = {"BLOCK": 16, "SLAB": 16}  # of what one program tries on all rows, seldom: a few registers
 PROGRAMS = 132  # of the solve, each with a workspace
+POLAR_WARPS = 8  # of its solve: what comes to it is often ill-conditioned, and then a program goes through all rows
 
 
 def solve_options(backend: str) -> dict[str, int]:
@@ -14,9 +15,14 @@ def solve_options(backend: str) -> dict[str, int]:
     return {**FUSION, **GREEDY, "num_stages": 1} if backend == "cuda" else FUSION
 
 
-def lays_apart(arch: object) -> bool:
-    """Whether the moments' product is laid out apart from the Gram blocks': on sm_90 they spill together."""
-    return arch == 90
+def solve_warps(tiles: Tiles, KIND: int) -> int:
+    """Few, which work on the same blocks less often: the algebra of a program is a chain of small products."""
+    return POLAR_WARPS if KIND == POLAR else tiles.solve_warps
+
+
+def lays_apart(R: int, arch: object) -> bool:
+    """Whether the moments' product is laid out apart from the Gram blocks': sm_90 spills else at 64 columns."""
+    return R == 64 and arch == 90
 
 
 def sum_options(backend: str) -> dict[str, int]:
@@ -34,6 +40,11 @@ def gram_options(backend: str, KIND: int, R: int) -> dict[str, int]:
     return FUSION | GREEDY if backend == "cuda" and KIND == RETRACT and R <= 32 else FUSION
 
 
+def gram_warps(tiles: Tiles, KIND: int) -> int:
+    """Of the Gram blocks."""
+    return tiles.warps if KIND == ADAMW else tiles.moved_warps
+
+
 def update_options(backend: str, KIND: int, R: int) -> dict[str, int]:
-    """Of three programs of four warps a multiprocessor: on sm_120 ptxas spills to fit a fourth."""
-    return FUSION | {"maxnreg": 168} if backend == "cuda" and KIND == RETRACT and R == 32 else FUSION
+    """On sm_120 ptxas spills to fit more programs at once."""
+    return FUSION | GREEDY if backend == "cuda" and KIND == RETRACT and R == 32 else FUSION

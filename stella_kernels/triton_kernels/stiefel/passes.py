@@ -66,14 +66,14 @@ def gram_kernel(
         proceed = (tl.load(state + factor) == _MOVE) & (tl.load(refused) == 0)
     if proceed:
         columns, slab = tl.arange(0, R), first + tl.arange(0, SLAB)
-        # [Y Δ]ᵀ Y and [Y Δ]ᵀ Δ, of POLAR MᵀM alone, each as one tile or as two of half the columns
-        TALL: tl.constexpr = R if KIND == _POLAR else 2 * R
+        # YᵀY, YᵀΔ and ΔᵀΔ (C, A, D), of POLAR MᵀM alone, each as one tile or as two of half the columns; where many
+        # warps share the columns, [Y Δ]ᵀY and [Y Δ]ᵀΔ (C, D), whose operand on the left is one
+        TALL: tl.constexpr = R > 32 and KIND != _POLAR
         WIDTH: tl.constexpr = SLAB // 2 if HALVES else SLAB
-        C = tl.zeros((TALL, WIDTH), dtype=TO)
-        D = tl.zeros((TALL, WIDTH), dtype=TO)
+        C = tl.zeros((2 * R if TALL else R, WIDTH), dtype=TO)
+        A, D = C, C
         if HALVES:
-            C2 = tl.zeros((TALL, WIDTH), dtype=TO)
-            D2 = tl.zeros((TALL, WIDTH), dtype=TO)
+            C2, A2, D2 = C, C, C
         at = couplings + factor * (R * R)
         constants = constants_of(settings, factor, KIND, TO)
         left = rows_left(n, begin)
@@ -96,21 +96,21 @@ def gram_kernel(
                     ys, ds = y, d
                 else:
                     ys, ds = load_move(tensors, constants, rows, slab, left, r, KIND, STEPS, ELEMENT, TO, INDEX)
-                xt = tl.trans(y) if KIND == _POLAR else tl.trans(beside(y, d))
+                x = beside(y, d) if TALL else y
                 if HALVES:
                     y1, y2 = halves(ys)
                     d1, d2 = halves(ds)
-                    C, D = accumulate(C, D, xt, y1, d1, one, KIND, PRECISION, TO)
+                    C, A, D = accumulate(C, A, D, x, d, y1, d1, one, KIND, TALL, PRECISION, TO)
                     tl.debug_barrier()
-                    C2, D2 = accumulate(C2, D2, xt, y2, d2, one, KIND, PRECISION, TO)
+                    C2, A2, D2 = accumulate(C2, A2, D2, x, d, y2, d2, one, KIND, TALL, PRECISION, TO)
                 else:
-                    C, D = accumulate(C, D, xt, ys, ds, one, KIND, PRECISION, TO)
+                    C, A, D = accumulate(C, A, D, x, d, ys, ds, one, KIND, TALL, PRECISION, TO)
         if GRAM:
             at = partials + item * (3 * R * R)
             part = first + tl.arange(0, WIDTH)
-            store_blocks(at, C, D, part, r, KIND, R)
+            store_blocks(at, C, A, D, part, r, KIND, TALL, R)
             if HALVES:
-                store_blocks(at, C2, D2, part + WIDTH, r, KIND, R)
+                store_blocks(at, C2, A2, D2, part + WIDTH, r, KIND, TALL, R)
 
 
 @triton.jit
@@ -130,23 +130,30 @@ def halves(x):
 
 
 @triton.jit
-def accumulate(C, D, xt, ys, ds, one, KIND: tl.constexpr, PRECISION: tl.constexpr, TO: tl.constexpr):
-    """C + XᵀYₛ and D + XᵀΔₛ of a tile of rows; of POLAR the first alone."""
-    C = add_apart(C, product(xt, ys, PRECISION, TO), one)
+def accumulate(
+    C, A, D, x, d, ys, ds, one, KIND: tl.constexpr, TALL: tl.constexpr, PRECISION: tl.constexpr, TO: tl.constexpr
+):  # fmt: skip
+    """C + XᵀYₛ, A + YᵀΔₛ and D + ΔᵀΔₛ of a tile of rows, X = Y; with TALL X = [Y Δ], and D + XᵀΔₛ; of POLAR C alone."""
+    C = add_apart(C, product(tl.trans(x), ys, PRECISION, TO), one)
     if KIND != _POLAR:
+        if not TALL:
+            A = add_apart(A, product(tl.trans(x), ds, PRECISION, TO), one)
         tl.debug_barrier()  # one product's operands are in registers at a time
-        D = add_apart(D, product(xt, ds, PRECISION, TO), one)
-    return C, D
+        D = add_apart(D, product(tl.trans(x if TALL else d), ds, PRECISION, TO), one)
+    return C, A, D
 
 
 @triton.jit
-def store_blocks(at, C, D, columns, r, KIND: tl.constexpr, R: tl.constexpr):
-    """Columns of YᵀY, YᵀΔ and ΔᵀΔ of an item; ΔᵀY, of which C has the lower half, is the second's transpose."""
+def store_blocks(at, C, A, D, columns, r, KIND: tl.constexpr, TALL: tl.constexpr, R: tl.constexpr):
+    """Columns of YᵀY, YᵀΔ and ΔᵀΔ of an item; the lower half of a TALL C, ΔᵀY, is the second's transpose."""
     rows = tl.arange(0, C.shape[0])
     at += rows[:, None] * R + columns[None, :]
     tl.store(at, C, mask=whole_vectors(rows, columns, r))
     if KIND != _POLAR:
-        tl.store(at + R * R, D, mask=whole_vectors(rows % R, columns, r))
+        mask = whole_vectors(rows % R, columns, r)
+        if not TALL:
+            tl.store(at + R * R, A, mask=mask)
+        tl.store(at + (R * R if TALL else 2 * R * R), D, mask=mask)
 
 
 @triton.jit
