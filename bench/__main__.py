@@ -126,9 +126,15 @@ def _adapter(full: bool, seconds: float, machine: Machine, output: Path, device:
 
 
 def _traffic(ranks: tuple[int, ...], output: Path) -> int:
-    """In a process of its own: Triton decides when it is first imported whether kernels are interpreted."""
-    command = [sys.executable, "-m", "bench.traffic", str(output), *map(str, ranks)]
-    return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode
+    """In processes of their own: Triton decides when it is first imported whether kernels are interpreted, and its
+    driver is replaced where they are emulated."""
+    arguments = [str(output), *map(str, ranks)]
+    emulated = subprocess.run([sys.executable, "-m", "bench.traffic.instructions", *arguments], check=False).returncode
+    if emulated not in (0, 1) or not (output / "instructions.json").exists():
+        return emulated
+    command = [sys.executable, "-m", "bench.traffic", *arguments]
+    interpreted = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode
+    return max(emulated, interpreted)
 
 
 def _host(output: Path, seconds: float) -> int:

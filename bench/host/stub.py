@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import warnings
-from pathlib import Path
 
 import torch
 
-
-def build() -> Path:
-    """The stub of the driver, made by CMake where it is not there yet; the folder of tests/ptx's libraries."""
-    folder = Path(os.environ.get("STELLA_PTX_LIBRARIES", ".cache/ptx/stub-build")).absolute()
-    if not (folder / "stub" / "libcuda.so.1").exists():
-        made = Path(__file__).parents[2]
-        configure = ["cmake", "-S", str(made), "-B", str(folder), "-D", "STELLA_KERNELS_PTX=ON"]
-        include = f"-DSTELLA_KERNELS_TORCH={torch.__path__[0]}"
-        subprocess.run([*configure, include], check=True, stdout=subprocess.DEVNULL)
-        subprocess.run(["cmake", "--build", str(folder), "--target", "ptx_stub"], check=True, stdout=subprocess.DEVNULL)
-    return folder
+from bench.common.ptx import build
 
 
 def install() -> None:
     """From now on the CPU's operators are Triton's, and launch on the stub. For a process of its own."""
-    os.environ["STELLA_PTX_LIBRARIES"] = str(build())
+    os.environ["STELLA_PTX_LIBRARIES"] = str(build("stub"))
     os.environ["STELLA_KERNELS_AUTOTUNE"] = "0"  # there is nothing to time
     from tests.ptx import driver
 

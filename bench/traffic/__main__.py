@@ -1,4 +1,7 @@
-"""``python -m bench.traffic FOLDER RANKS`` under TRITON_INTERPRET=1; 1 where a promise was missed."""
+"""``python -m bench.traffic FOLDER RANKS`` under TRITON_INTERPRET=1; 1 where a promise was missed.
+
+Reads what ``python -m bench.traffic.instructions`` has written to the folder.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,9 @@ def main() -> int:
     """Print both tables and write them."""
     torch.manual_seed(0)
     output, ranks = Path(sys.argv[1]), [int(rank) for rank in sys.argv[2:]]
-    layer, layer_kept = adapter.report(ranks)
-    step, step_kept = stiefel.report(ranks)
+    issued = json.loads((output / "instructions.json").read_text())
+    layer, layer_kept = adapter.report(ranks, issued["adapter"])
+    step, step_kept = stiefel.report(ranks, issued["step"])
     output.mkdir(parents=True, exist_ok=True)
     path = output / "traffic.json"
     path.write_text(json.dumps({"adapter": layer, "step": step}, indent=1) + "\n")

@@ -11,7 +11,7 @@ more multiprocessors than an H100's runs more programs, which leave more partial
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -96,8 +96,9 @@ def published_bytes(tokens: int, m: int, n: int, r: int, dropout: float = 0.0, h
     return +whole
 
 
-def report(ranks: Sequence[int]) -> tuple[list[dict[str, Any]], bool]:
-    """Count and print; rows for JSON, and whether every promise was kept."""
+def report(ranks: Sequence[int], issued: Mapping[str, Any]) -> tuple[list[dict[str, Any]], bool]:
+    """Count and print; rows for JSON, and whether every promise was kept. ``issued`` by layer, rank and kernel is of
+    ``instructions.py``."""
     show = partial(print, flush=True)
     show(
         f"\nCounted, not timed: an adapter forward and backward beyond its base's products, T = {TOKENS}, bfloat16, "
@@ -118,7 +119,8 @@ def report(ranks: Sequence[int]) -> tuple[list[dict[str, Any]], bool]:
             times = sum(published.values()) / floor
             launches = sum(moved.launches.values())
             flops = 6.0 * TOKENS * r * (m + n)
-            seconds = [predicted_seconds(chip, once, launches, flops / (2 * chip.tf32)) for chip in CHIPS]
+            instructions = sum(issued[name][str(r)].values())
+            seconds = [predicted_seconds(c, [(once, instructions)], launches, flops / 2) for c in CHIPS]  # half types
             show(
                 f"{f'{m} × {n}':>12}{r:4d}{floor / 1e6:9.0f}{once / 1e6:9.0f}{once / floor:9.3f}"
                 f"{moved.bytes / floor:11.3f}{launches:9d}{sum(published.values()) / 1e6:13.0f}"
@@ -130,7 +132,8 @@ def report(ranks: Sequence[int]) -> tuple[list[dict[str, Any]], bool]:
                 {"layer": name, "m": m, "n": n, "r": r, "tokens": TOKENS, "floor": floor, "bytes": once,
                  "every_load": moved.bytes, "launches": launches, "published_bytes": dict(published),
                  "published_of_floor": times, "published_half_of_floor": least,
-                 "published_dropout_of_floor": dropped, "loaded_stored_launches": by_kernel,
+                 "published_dropout_of_floor": dropped, "instructions": instructions,
+                 "loaded_stored_launches": by_kernel,
                  "predicted_seconds": defaultdict(float, zip((c.name for c in CHIPS), seconds, strict=True))}
             )  # fmt: skip
             for met, text in _verdicts(once / floor, times):

@@ -9,7 +9,7 @@ cuSOLVER overwrites it (``svd_cusolver_gesvdaStridedBatched`` of ATen, the drive
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,9 +26,17 @@ class Chip:
     name: str
     bandwidth: float  # bytes/s
     tf32: float  # flop/s
+    multiprocessors: int
+    clock: float  # Hz, at which those flop/s are reached
+
+    def issue_seconds(self, instructions: float) -> float:
+        """Of instructions of warps, at IPC on every multiprocessor."""
+        return instructions / (IPC * self.multiprocessors * self.clock)
 
 
-CHIPS = (Chip("H100 SXM", 3.35e12, 494.7e12), Chip("A100 SXM 80 GB", 2.039e12, 156e12))
+IPC = 2  # instructions of warps a clock: half of what a multiprocessor can issue, what good kernels reach
+A100 = Chip("A100 SXM 80 GB", 2.039e12, 156e12, 108, 1.41e9)
+CHIPS = (Chip("H100 SXM", 3.35e12, 494.7e12, 132, 1.83e9), A100)
 LAUNCH_SECONDS = 3e-6  # assumed: what a launch costs a stream that is kept busy
 
 
@@ -136,6 +144,8 @@ def operations_of(call: Callable[[], object]) -> tuple[Counter[str], Counter[str
     return operations.bytes, operations.count
 
 
-def predicted_seconds(chip: Chip, moved: int, launches: int, computing: float) -> float:
-    """The longer of bytes at the peak bandwidth and ``computing`` seconds, and the launches."""
-    return max(moved / chip.bandwidth, computing) + launches * LAUNCH_SECONDS
+def predicted_seconds(chip: Chip, kernels: Iterable[tuple[float, float]], launches: int, flops: float) -> float:
+    """Of kernels one after another, each the longer of its bytes at the peak bandwidth and its instructions at IPC, or
+    of all their tf32 ``flops`` where those take longer; and the launches."""
+    kernel_seconds = (max(moved / chip.bandwidth, chip.issue_seconds(issued)) for moved, issued in kernels)
+    return max(sum(kernel_seconds), flops / chip.tf32) + launches * LAUNCH_SECONDS

@@ -8,7 +8,7 @@ model's full size.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,12 +31,14 @@ WANTED_OF_FLOOR, WANTED_LAUNCHES, WANTED_PUBLISHED = 1.15, 6, 5.0
 FLOOR_WORDS = {"coupling computed": 12, "coupling given": 11}
 
 
-def adamw_arguments(n: int, r: int, transposed: bool, given: bool) -> tuple[Any, ...]:
-    def stored(value: Tensor) -> Tensor:
-        return value.mT.contiguous().mT if transposed else value.contiguous()
+def stored(value: Tensor, transposed: bool) -> Tensor:
+    """With its columns, or else its rows, side by side."""
+    return value.mT.contiguous().mT if transposed else value.contiguous()
 
-    Y = stored(torch.linalg.qr(torch.randn(n, r)).Q)
-    gradient, m, v = (stored(torch.randn(n, r)) for _ in range(3))
+
+def adamw_arguments(n: int, r: int, transposed: bool, given: bool) -> tuple[Any, ...]:
+    Y = stored(torch.linalg.qr(torch.randn(n, r)).Q, transposed)
+    gradient, m, v = (stored(torch.randn(n, r), transposed) for _ in range(3))
     settings = torch.tensor([[5e-4, 0.9, 0.999, 1e-8, 7.0, 1.0, 1.0]], dtype=torch.float64)
     coupling = gradient.mT @ Y if given else Y.new_empty(0)
     return [Y], [gradient], [m], [v.square_()], [coupling], settings
@@ -89,8 +91,9 @@ def step_flops(elements: int, r: int) -> float:
     return elements * r * (2 + 2 + 6 + 4)
 
 
-def report(ranks: Sequence[int]) -> tuple[list[dict[str, Any]], bool]:
-    """Count and print; rows for JSON, and whether every promise was kept."""
+def report(ranks: Sequence[int], issued: Mapping[str, Any]) -> tuple[list[dict[str, Any]], bool]:
+    """Count and print; rows for JSON, and whether every promise was kept. ``issued`` by rank, coupling and kernel is of
+    ``instructions.py``."""
     show = partial(print, flush=True)
     show(
         f"\nCounted, not timed: the optimizer step of the factors of a {LLAMA_3_8B.name}, {LAYERS} layers, float32.\n"
@@ -107,10 +110,10 @@ def report(ranks: Sequence[int]) -> tuple[list[dict[str, Any]], bool]:
             floor = 4 * words * elements
             launches = sum(moved.launches.values())
             times = sum(published.values()) / moved.bytes
-            computing = [3 * step_flops(elements, r) / chip.tf32 for chip in CHIPS]  # a product is three of tf32
-            seconds = [
-                predicted_seconds(chip, moved.bytes, launches, c) for chip, c in zip(CHIPS, computing, strict=True)
-            ]
+            flops = 3 * step_flops(elements, r)  # a product is three of tf32
+            instructions = issued[str(r)][kind]
+            kernels = [(moved.loaded[k] + moved.stored[k], instructions[k]) for k in moved.launches]
+            seconds = [predicted_seconds(chip, kernels, launches, flops) for chip in CHIPS]
             show(
                 f"{r:4d} {kind:<20}{moved.bytes / 1e6:9.0f}{launches:9d}{moved.bytes / floor:9.2f}"
                 f"{sum(published.values()) / 1e6:13.0f}{times:6.1f}{sum(operations.values()):11d}"
@@ -119,13 +122,14 @@ def report(ranks: Sequence[int]) -> tuple[list[dict[str, Any]], bool]:
             for name in moved.launches:
                 show(
                     f"     {name:<20}{moved.loaded[name] / 1e6:9.1f} MB loaded {moved.stored[name] / 1e6:9.1f} MB "
-                    f"stored {moved.launches[name]:2d} launches"
+                    f"stored {moved.launches[name]:2d} launches {instructions[name] / 1e6:9.1f} M instructions"
                 )
             by_kernel = {n: [moved.loaded[n], moved.stored[n], moved.launches[n]] for n in moved.launches}
             rows.append(
                 {"r": r, "coupling": kind, "bytes": moved.bytes, "floor": floor, "launches": launches,
                  "published_bytes": dict(published), "published_operations": dict(operations),
-                 "loaded_stored_launches": by_kernel, "predicted_seconds": defaultdict(float, zip(
+                 "loaded_stored_launches": by_kernel, "instructions": instructions,
+                 "predicted_seconds": defaultdict(float, zip(
                      (chip.name for chip in CHIPS), seconds, strict=True))}
             )  # fmt: skip
             for met, text in (
