@@ -18,7 +18,7 @@ def kept(seed, threshold, start, first, DROPS_ALL: tl.constexpr, ROWS: tl.conste
     """
     key = tl.load(seed)
     k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
-    c0 = ((first // 8).to(tl.uint32) + tl.arange(0, COLUMNS // 8).to(tl.uint32))[None, :]
+    c0 = (first // 8 + tl.arange(0, COLUMNS // 8)).to(tl.uint32)[None, :]  # the interpreter's loops count in Python
     c1 = (start.to(tl.uint32) + tl.arange(0, ROWS).to(tl.uint32))[:, None]
     c2 = (start >> 32).to(tl.uint32)
     c3 = c2 * 0
