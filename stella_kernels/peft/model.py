@@ -249,6 +249,12 @@ class StellaModel(BaseTuner):
         options.setdefault("combination_type", "cat")
         self.add_weighted_adapter([minuend, subtrahend], [1.0, -1.0], adapter_name, **options)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, AuxiliaryTrainingWrapper):  # a whole module comes back; its weight is its own
+            setattr(parent, child_name, new_module)
+            return
+        super()._replace_module(parent, child_name, new_module, child)
+
     @contextmanager
     def _all_or_none(self) -> Iterator[None]:
         """Within: where an error is raised, layers that were merged by then are unmerged again."""
