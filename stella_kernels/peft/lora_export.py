@@ -48,7 +48,8 @@ def convert_to_lora(
         dtype: of the tensors: float32, bfloat16, float16 or float64.
         rank_pattern: keep ranks that differ, which PEFT reads and llama.cpp does not; by default smaller ones are
             filled up with zeros to one rank.
-        also: those of 'bias', 'layer_replication' and 'modules_to_save' to write for PEFT; few servers read them.
+        also: those of 'bias', 'layer_replication', 'modules_to_save' and 'trainable_token_indices' to write for PEFT;
+            few servers read them.
 
     Returns:
         The ``peft.LoraConfig``, with ``r`` the rank of the result and a scale of 1, and the tensors on their devices,

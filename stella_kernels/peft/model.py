@@ -7,9 +7,10 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -58,6 +59,15 @@ class StellaModel(BaseTuner):
                 f"bias: found {config.bias!r}, but the installed PEFT would train the biases and not save them; "
                 "use bias='none', or a newer PEFT (pip install -U peft)."
             )
+        if config.ensure_weight_tying and not hasattr(BaseTuner, "_add_modules_to_save_to_tie"):
+            raise ValueError(
+                "ensure_weight_tying: found True, but the installed PEFT would tie nothing; use False, or a newer PEFT "
+                "(pip install -U peft)."
+            )
+
+    def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        # what PEFT does for LoRA, which is about no layer of the method's own
+        LoraModel._add_modules_to_save_to_tie(cast(Any, self), peft_config, tied_weight_keys)
 
     def inject_adapter(
         self,
@@ -181,7 +191,13 @@ class StellaModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         if merge:  # PEFT merges each layer as it takes it out; here all are merged before the first is
-            self.merge_adapter(adapter_names, safe_merge=safe_merge)
+            self._check_merge_allowed()
+            self._check_merge(adapter_names, safe_merge)
+            with self._all_or_none():
+                for layer in self.model.modules():
+                    if isinstance(layer, Linear):
+                        with onload_layer(layer):
+                            layer.merge(safe_merge, adapter_names)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "All adapters are already merged")
             return super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
@@ -232,6 +248,12 @@ class StellaModel(BaseTuner):
         """Add ``minuend − subtrahend`` as a new adapter: ``add_weighted_adapter`` with weights 1 and −1, 'cat'."""
         options.setdefault("combination_type", "cat")
         self.add_weighted_adapter([minuend, subtrahend], [1.0, -1.0], adapter_name, **options)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, AuxiliaryTrainingWrapper):  # a whole module comes back; its weight is its own
+            setattr(parent, child_name, new_module)
+            return
+        super()._replace_module(parent, child_name, new_module, child)
 
     @contextmanager
     def _all_or_none(self) -> Iterator[None]:

@@ -23,7 +23,7 @@ from .factored import Factored
 Number = TypeVar("Number", int, float)
 
 # What an adapter may hold beside its factors: PEFT reads it, most servers do not.
-EXTRAS = ("bias", "layer_replication", "modules_to_save")
+EXTRAS = ("bias", "layer_replication", "modules_to_save", "trainable_token_indices")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 # The values that vLLM accepts for --max-lora-rank; 16 is its default.
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -43,6 +43,7 @@ _READERS = {
     "bias": "vLLM refuses an adapter with biases, and llama.cpp's converter stops at them",
     "layer_replication": "only PEFT can stack layers so; a server has to be given the deeper model itself",
     "modules_to_save": "vLLM reads those named 'classifier' and 'score' only, and llama.cpp none",
+    "trainable_token_indices": "only PEFT reads embeddings of single tokens",
 }
 
 
@@ -182,6 +183,8 @@ def lora_adapter(
             "bias": settings.get("bias", "none") if "bias" in extras else "none",
             "modules_to_save": settings.get("modules_to_save"),
             "layer_replication": settings.get("layer_replication"),
+            "trainable_token_indices": settings.get("trainable_token_indices"),
+            "ensure_weight_tying": settings.get("ensure_weight_tying", False),
         }
     )
     if not _selects(lora, layers):

@@ -37,7 +37,8 @@ def export_adapter(
         dtype: of the tensors written: float32, bfloat16, float16 or float64.
         rank_pattern: keep ranks that differ, by ``rank_pattern`` and ``alpha_pattern``, which PEFT reads and llama.cpp
             does not; by default smaller ones are filled up with zeros to one rank.
-        also: those of 'bias', 'layer_replication' and 'modules_to_save' to write for PEFT; few servers read them.
+        also: those of 'bias', 'layer_replication', 'modules_to_save' and 'trainable_token_indices' to write for PEFT;
+            few servers read them.
 
     Returns:
         What was written: the rank, for vLLM's ``--max-lora-rank``, and the layers' own.

@@ -17,6 +17,7 @@ _CARRIED = (
     "auto_mapping",
     "base_model_name_or_path",
     "bias",
+    "ensure_weight_tying",
     "exclude_modules",
     "fan_in_fan_out",
     "layer_replication",
@@ -30,6 +31,7 @@ _CARRIED = (
     "revision",
     "target_modules",
     "task_type",
+    "trainable_token_indices",
     "use_rslora",
 )
 # These say nothing of what the adapter adds.

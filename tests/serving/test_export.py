@@ -174,6 +174,7 @@ def test_the_rank_is_reported_for_the_server(tmp_path):
     [
         ("bias", {"bias": "lora_only"}),
         ("modules_to_save", {"modules_to_save": ["lm_head"]}),
+        ("trainable_token_indices", {"trainable_token_indices": [1, 5]}),
         ("layer_replication", {"layer_replication": [(0, 2), (0, 2)], "target_modules": ["q_proj"]}),
     ],
 )
@@ -183,7 +184,9 @@ def test_what_servers_do_not_read_is_refused_or_written_for_peft(tmp_path, extra
     model = trained(base, **{"target_modules": ["q_proj", "o_proj"], **settings})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and (name.endswith("bias") or "modules_to_save" in name):
+            if parameter.requires_grad and any(
+                mark in name for mark in ("bias", "modules_to_save", "trainable_tokens")
+            ):
                 parameter.normal_(std=0.1)
     ids = tokens()
     model.save_pretrained(tmp_path / "stella")
