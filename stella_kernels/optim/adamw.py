@@ -20,13 +20,13 @@ from .guard import Guard
 from .interruption import uninterrupted
 from .plan import (
     Plan,
+    Settled,
     SkippedStep,
     Slot,
     check_state_dict,
     groups_of,
     reasons_to_skip,
     refuse_options,
-    settled,
     step_free,
 )
 from .roster import Family, Roster
@@ -223,6 +223,7 @@ class StellaAdamW(AdamW):
         self._slots = [Slot(i, f, self._hidden_size) for i, f in enumerate(factors)]
         self._slot_of = {id(f.parameter): slot for f, slot in zip(factors, self._slots, strict=True)}
         self._plan: Plan | None = None
+        self._settled: Settled | None = None
         held = {id(p) for group in self.param_groups for p in group["params"]}
         self._couplings = Couplings(factors, held) if self._coupled else None
 
@@ -297,10 +298,12 @@ class StellaAdamW(AdamW):
     def _step_factors(self, active: list[Slot]) -> OffManifoldError | None:
         """The error to raise when the step is over, where a factor had been moved by something else."""
         states = [*map(self.state.get, [slot.parameter for slot in active])]
-        if not settled(active, states):
+        tensors = self._settled
+        if tensors is None or not tensors.holds(active, states):
             for slot, state in zip(active, states, strict=True):
                 if slot.follow(state):
                     self._plan = None
+            tensors = self._settled = Settled(active)
         plan = self._planned(active)
         gradients = plan.gradients()
         known: dict[int, Tensor] = {}
@@ -312,7 +315,7 @@ class StellaAdamW(AdamW):
             # one call writes nothing when it refuses a gradient; several have to be checked beforehand
             self._refuse_gradients([s for s, g in zip(active, gradients, strict=True) if not bool(g.isfinite().all())])
             self._refuse_large(plan.overflows(gradients, known))
-        return self._finish(active, plan.run(gradients, known, rates))
+        return self._finish(active, plan.run(tensors, gradients, known, rates))
 
     def _planned(self, active: list[Slot]) -> Plan:
         """The operator calls for these factors, with all hyperparameters in place but the learning rates and steps."""
