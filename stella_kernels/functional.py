@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .checks import METHODS, check_choice, check_float_tensor, check_tall
-from .operators.autograd import StellaAdapterFunction, StellaLinearFunction
+from .operators import planned
+from .operators.autograd import LaunchedLinearFunction, StellaAdapterFunction, StellaLinearFunction
 from .operators.memory import overlaps_itself
 from .operators.polar_gradient import PolarFunction
 from .operators.status import INFO_COLUMNS
@@ -120,6 +121,25 @@ def _dropout(x: Tensor, dropout_p: float, training: bool) -> tuple[float, Tensor
     return float(dropout_p), torch.randint(2**63 - 1, (), dtype=torch.int64, device=x.device)
 
 
+def _launched(
+    x: Tensor, W: Tensor, b: Tensor | None, U: Tensor, S: Tensor, Vt: Tensor, scale: float, p: float, recompute: bool
+) -> Tensor | None:
+    """The layer by a plan, where one is known for arguments like these, which were checked when it was made."""
+    if torch._C._are_functorch_transforms_active():
+        return None
+    grad = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(False)
+    try:
+        computed = planned.linear(x, W, b, U, S, Vt, scale, p)
+    except (RuntimeError, TypeError):
+        return None  # of arguments that are no such tensors; the long way says what is wrong with them
+    finally:
+        torch._C._set_grad_enabled(grad)
+    if not computed or not grad:
+        return computed[0] if computed else None
+    return LaunchedLinearFunction.apply(x, W, b, U, S, Vt, scale, p, computed, recompute)
+
+
 def stella_linear(
     x: Tensor,
     W: Tensor,
@@ -163,6 +183,10 @@ def stella_linear(
         TypeError: an argument is not a floating-point tensor, or W or b differs from x in dtype outside autocast.
         ValueError: shapes that do not go together, r above m or n, devices that differ, dropout_p outside [0, 1].
     """
+    if isinstance(x, Tensor) and planned.may_launch(x) and type(scale) is float and type(dropout_p) is float:
+        launched = _launched(x, W, b, U, S, Vt, scale, dropout_p if training else 0.0, recompute)
+        if launched is not None:
+            return launched
     _refuse_transforms("stella_linear")
     _refuse_compiled_forward_mode("stella_linear")
     _check_adapter(x, U, S, Vt, scale, dropout_p)

@@ -19,7 +19,7 @@ def install() -> None:
     driver.install(driver.STUB)
 
     from stella_kernels.operators import autograd
-    from stella_kernels.triton_kernels.registration import operators
+    from stella_kernels.triton_kernels.registration import launch_natively, operators
     from stella_kernels.triton_kernels.stiefel import launches
 
     def info_of_nothing(table: launches.Table) -> torch.Tensor:
@@ -33,3 +33,4 @@ def install() -> None:
         warnings.simplefilter("ignore")  # the CPU's own are replaced, on purpose
         for name, operator in operators().items():
             _library.impl(name, operator, "CPU", allow_override=True)
+    launch_natively("CPU")

@@ -120,10 +120,17 @@ class StellaLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) to (..., m); see `stella_kernels.functional.stella_linear`."""
-        terms: list[Term] = [(self.U, self.S, self.Vt, self.scale, self.dropout if self.training else 0.0)]
-        if self.U0 is not None and self.Vt0 is not None:
-            terms.append(start_term(self.U0, self.Vt0, self.scale))
-        return adapted_output(self.base, x, terms, owned=False, recompute=self.recompute)
+        # by the module's dictionaries, where they are as a rule: its attributes take a tenth of the host's time
+        own, buffers = self._parameters, self._buffers
+        U, S, Vt = (own.get("U"), own.get("S"), own.get("Vt"))
+        if U is None or S is None or Vt is None:  # parametrized, or flattened by an engine
+            U, S, Vt = self.U, self.S, self.Vt
+        terms: list[Term] = [(U, S, Vt, self.scale, self.dropout if self.training else 0.0)]
+        base: Any = self._modules["base"]
+        U0, Vt0 = buffers.get("U0"), buffers.get("Vt0")
+        if U0 is not None and Vt0 is not None:
+            terms.append(start_term(U0, Vt0, self.scale))
+        return adapted_output(base, x, terms, owned=False, recompute=self.recompute)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

@@ -6,12 +6,14 @@ and the base weight, all but A alive already: never a mask, a dropped copy of x 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import planned
 from . import registration as _registration  # noqa: F401  (defines the operators)
 from .base_product import accumulate_product, library_computes_in
 from .differentiable_once import Gradients, differentiable_once
@@ -36,19 +38,20 @@ def _adapter_gradients(
     grad_y: Tensor,
     saved: tuple[Tensor, ...],
     needed: list[bool],
+    operator: Callable[..., Sequence[Tensor]],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """∂U, ∂S, ∂Vᵀ where ``needed``, else None; grad_x = beta grad_x + the adapter's part, in place."""
+    """∂U, ∂S, ∂Vᵀ where ``needed``, else None; grad_x = beta grad_x + the adapter's part, in place; by the operator."""
     x, A, U, S, Vt, seed = saved  # x (T, n)
     if not (any(needed) or grad_x is not None):
         return None, None, None
-    grads = _kernels.adapter_backward_(grad_x, beta, grad_y, x, A, U, S, Vt, ctx.scale, ctx.p, seed, needed)
+    grads = operator(grad_x, beta, grad_y, x, A, U, S, Vt, ctx.scale, ctx.p, seed, needed)
     return tuple(g if need else None for g, need in zip(grads, needed, strict=True))  # type: ignore[return-value]
 
 
 def _recomputed(ctx: Any, grad_y: Tensor, x: Tensor, U: Tensor, S: Tensor, Vt: Tensor, seed: Tensor | None) -> Tensor:
     """A = d(x) V (T, r) once more, as the forward pass had it: the adapter of an output without columns."""
     y = grad_y.new_empty((x.shape[0], 0))
-    return _kernels.adapter_forward_(y, x, U[:0], S, Vt, ctx.scale, ctx.p, seed)
+    return planned.adapter_forward_(y, x, U[:0], S, Vt, ctx.scale, ctx.p, seed)
 
 
 _FEW_WEIGHTS = 1 << 21  # weights have as many at least before their product comes first
@@ -67,6 +70,12 @@ def _adapter_goes_first(x: Tensor, W: Tensor) -> bool:
         return True
     # what the library has cannot be asked while a graph is traced; the compiler makes the product itself
     return not torch.compiler.is_compiling() and not library_computes_in(x.dtype)
+
+
+def _as_input(grad_x: Tensor, x: Tensor) -> Tensor:
+    """Of x's dtype and shape, neither of which is usually to be changed."""
+    grad_x = grad_x if grad_x.dtype == x.dtype else grad_x.to(x.dtype)
+    return grad_x if grad_x.dim() == x.dim() else grad_x.view(x.shape)
 
 
 class StellaLinearFunction(torch.autograd.Function):
@@ -93,6 +102,7 @@ class StellaLinearFunction(torch.autograd.Function):
         else:
             y = F.linear(rows, W, b)  # (T, m), in autocast's dtype inside autocast
             A = _kernels.adapter_forward_(y, rows, U, S, Vt, scale, p, seed)  # (T, r)
+            planned.keep_linear(y)
         ctx.save_for_backward(x, W, None if recompute else A, U, S, Vt, seed)
         ctx.scale, ctx.p = scale, p
         ctx.bias_dtype = None if b is None else b.dtype
@@ -104,6 +114,14 @@ class StellaLinearFunction(torch.autograd.Function):
         _refuse_batched_gradients(grad_y)
         x, W, A, U, S, Vt, seed = saved
         need_x, need_W, need_b, *need_factors = ctx.needs_input_grad[:6]
+        alone = not (need_W or need_b or A is None)
+        if alone and planned.may_launch(grad_y):
+            grads = planned.linear_backward(grad_y, x, W, A, U, S, Vt, ctx.scale, ctx.p, seed, need_x, need_factors)
+            if grads:
+                grad_x = _as_input(grads[0], x) if need_x else None
+                made = (g if need else None for g, need in zip(grads[-3:], need_factors, strict=True))
+                return grad_x, None, None, *made, None, None, None, None
+        grad_y = grad_y.reshape(-1, grad_y.shape[-1])  # (T, m)
         rows = x.reshape(-1, x.shape[-1])  # (T, n)
         first = need_x and _adapter_goes_first(grad_y, W)
         grad_x = (
@@ -114,12 +132,40 @@ class StellaLinearFunction(torch.autograd.Function):
         if A is None:
             A = _recomputed(ctx, grad_y, rows, U, S, Vt, seed)
         terms = (rows, A, U, S, Vt, seed)
-        factors = _adapter_gradients(ctx, grad_x, 0.0 if first else 1.0, grad_y, terms, need_factors)
+        beta, operator = 0.0 if first else 1.0, _kernels.adapter_backward_
+        factors = _adapter_gradients(ctx, grad_x, beta, grad_y, terms, need_factors, operator)
         if grad_x is not None and first:
             accumulate_product(grad_x, grad_y, W)
+        elif alone:
+            planned.keep_linear_backward(grad_y, W)
         if grad_x is not None:
-            grad_x = grad_x.to(x.dtype).view(x.shape)
+            grad_x = _as_input(grad_x, x)
         return grad_x, grad_W, grad_b, *factors, None, None, None, None
+
+
+class LaunchedLinearFunction(StellaLinearFunction):
+    """The same node for what ``planned.linear`` has computed: y (..., m), A and a seed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        U: Tensor,
+        S: Tensor,
+        Vt: Tensor,
+        scale: float,
+        p: float,
+        computed: Any,
+        recompute: bool,
+    ) -> Tensor:
+        y, A = computed[:2]
+        seed = computed[2] if p else None
+        ctx.save_for_backward(x, W, None if recompute else A, U, S, Vt, seed)
+        ctx.scale, ctx.p = scale, p
+        ctx.bias_dtype = None if b is None else b.dtype
+        return y
 
 
 class StellaAdapterFunction(torch.autograd.Function):
@@ -147,7 +193,7 @@ class StellaAdapterFunction(torch.autograd.Function):
                 x = x.clone()  # backward needs it as it was, and no version counter would tell
         rows = x.reshape(-1, x.shape[-1])  # (T, n)
         flat = y.reshape(-1, y.shape[-1])  # (T, m), a view wherever y's strides allow one
-        A = _kernels.adapter_forward_(flat, rows, U, S, Vt, scale, p, seed)  # (T, r)
+        A = planned.adapter_forward_(flat, rows, U, S, Vt, scale, p, seed)  # (T, r)
         if not y.is_contiguous():
             y.copy_(flat.view(y.shape))
         ctx.save_for_backward(x, None if recompute else A, U, S, Vt, seed)
@@ -165,7 +211,8 @@ class StellaAdapterFunction(torch.autograd.Function):
         if A is None:
             A = _recomputed(ctx, flat, rows, U, S, Vt, seed)
         grad_x = flat.new_empty(rows.shape) if need_x else None  # (T, n)
-        factors = _adapter_gradients(ctx, grad_x, 0.0, flat, (rows, A, U, S, Vt, seed), need_factors)
+        terms = (rows, A, U, S, Vt, seed)
+        factors = _adapter_gradients(ctx, grad_x, 0.0, flat, terms, need_factors, planned.adapter_backward_)
         if grad_x is not None:
-            grad_x = grad_x.to(x.dtype).view(x.shape)
+            grad_x = _as_input(grad_x, x)
         return grad_y if need_y else None, grad_x, *factors, None, None, None, None

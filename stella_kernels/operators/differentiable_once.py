@@ -61,9 +61,11 @@ def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gra
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Tensor | None) -> Gradients:
         saved = ctx.saved_tensors
+        if not torch.is_grad_enabled():  # enabled in backward by create_graph=True
+            return computed(ctx, saved, *grads)
         with torch.no_grad():
             results = computed(ctx, saved, *grads)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # enabled in backward by create_graph=True
+        if torch.compiler.is_compiling():
             return results
         return tuple(None if result is None else refusing(result, *grads, *saved) for result in results)
 

@@ -21,6 +21,7 @@ from .guard import Guard
 from .interruption import uninterrupted
 from .plan import (
     Plan,
+    Settled,
     SkippedStep,
     Slot,
     check_free,
@@ -32,7 +33,6 @@ from .plan import (
     refuse_options,
     refuse_retraction,
     refuse_stuck,
-    settled,
     step_free,
 )
 from .roster import Family, Roster
@@ -224,6 +224,7 @@ class StellaAdamW(AdamW):
         slots: list[Slot | ShardedSlot] = [*self._slots, *self._sharded.slots]
         self._slot_of = {id(slot.parameter): slot for slot in slots}
         self._plan: Plan | None = None
+        self._settled: Settled | None = None
         held = {id(p) for group in self.param_groups for p in group["params"]}
         if self._coupled and self._sharded.slots:
             raise ValueError("coupled: found True and sharded factors, whose S is sharded as well, wanted False.")
@@ -333,10 +334,12 @@ class StellaAdamW(AdamW):
     def _step_factors(self, active: list[Slot], free: list[list[Tensor]]) -> OffManifoldError | None:
         """The error to raise when the step is over, where a factor had been moved by something else."""
         states = [*map(self.state.get, [slot.parameter for slot in active])]
-        if not settled(active, states):
+        tensors = self._settled
+        if tensors is None or not tensors.holds(active, states):
             for slot, state in zip(active, states, strict=True):
                 if slot.follow(state):
                     self._plan = None
+            tensors = self._settled = Settled(active)
         check_free(self, free)
         plan = self._planned(active)
         gradients = plan.gradients()
@@ -347,12 +350,10 @@ class StellaAdamW(AdamW):
         rates = [float(group["lr"]) for group in self.param_groups]
         if len(plan.calls) > 1:
             # one call writes nothing when it refuses a gradient; several have to be checked beforehand
-            refuse_gradients(
-                self._factors,
-                [s.factor.name for s, g in zip(active, gradients, strict=True) if not bool(g.isfinite().all())],
-            )
+            bad = [slot.factor.name for slot, g in zip(active, gradients, strict=True) if not bool(g.isfinite().all())]
+            refuse_gradients(self._factors, bad)
             refuse_large(self._guard, [slot.factor for slot in plan.overflows(gradients, known)], self.skip_nonfinite)
-        return self._finish(active, plan.run(gradients, known, rates))
+        return self._finish(active, plan.run(tensors, gradients, known, rates))
 
     def _planned(self, active: list[Slot]) -> Plan:
         """The operator calls for these factors, with all hyperparameters in place but the learning rates and steps."""

@@ -96,25 +96,45 @@ class Slot:
         return moment.mT if self.factor.transposed else moment
 
 
-def settled(active: list[Slot], states: list[Any]) -> bool:
-    """Whether there is nothing to ``follow`` in any of these: asked of all at once, as at nearly every step."""
-    if not all(states) or any(slot.fresh for slot in active):
-        return False
-    moments, squares = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
-    views, parameters = [slot.view for slot in active], [slot.parameter for slot in active]
-    first, second = [*map(_address, moments)], [*map(_address, squares)]
-    return (
-        all(map(is_, states, [slot.state for slot in active]))
-        and all(map(is_, [state["step"] for state in states], [slot.step for slot in active]))
-        and all(map(is_, moments, [slot.exp_avg for slot in active]))
-        and all(map(is_, squares, [slot.exp_avg_sq for slot in active]))
-        and [*map(_address, parameters)] == [*map(_address, views)]
-        and [*map(Tensor.stride, parameters)] == [slot.strides for slot in active]
-        and first == [*map(_address, [slot.exp_avg_view for slot in active])]
-        and second == [*map(_address, [slot.exp_avg_sq_view for slot in active])]
-        and all(first)
-        and all(second)
-    )
+class Settled:
+    """The tensors of active factors as a step left them, in lists: asked of all at once whether there is any change.
+
+    Attributes:
+        views, exp_avgs, exp_avg_sqs: what the operator is given, (n, r) each.
+        steps: the counters.
+    """
+
+    def __init__(self, active: list[Slot]) -> None:
+        self._active = active
+        self._fresh = any(slot.fresh for slot in active)
+        self._parameters = [slot.parameter for slot in active]
+        self._strides = [slot.strides for slot in active]
+        self._states = [slot.state for slot in active]
+        self._moments = [slot.exp_avg for slot in active], [slot.exp_avg_sq for slot in active]
+        self.views = [slot.view for slot in active]
+        self.exp_avgs = [slot.exp_avg_view for slot in active]
+        self.exp_avg_sqs = [slot.exp_avg_sq_view for slot in active]
+        self.steps = [slot.step for slot in active]
+
+    def holds(self, active: list[Slot], states: list[Any]) -> bool:
+        """Whether there is nothing to ``follow`` in any of these, as at nearly every step."""
+        if self._fresh or active != self._active or not all(map(is_, states, self._states)):
+            return False
+        first, second = self._moments
+        return (
+            all(map(is_, [state["step"] for state in states], self.steps))
+            and all(map(is_, [state["exp_avg"] for state in states], first))
+            and all(map(is_, [state["exp_avg_sq"] for state in states], second))
+            and [*map(_address, self._parameters)] == [*map(_address, self.views)]
+            and [*map(Tensor.stride, self._parameters)] == self._strides
+            and _lie_with(first, self.exp_avgs)
+            and _lie_with(second, self.exp_avg_sqs)
+        )
+
+
+def _lie_with(moments: list[Tensor], views: list[Tensor]) -> bool:
+    addresses = [*map(_address, moments)]
+    return all(addresses) and addresses == [*map(_address, views)]
 
 
 class Call:
@@ -126,23 +146,28 @@ class Call:
         self.rates: list[float] | None = None  # those of the groups, when the learning rates were last written
         self.unknown = unknown  # stands for a coupling that the operator is to compute
 
-    def run(self, active: list[Slot], gradients: list[Tensor], known: dict[int, Tensor], rates: list[float]) -> Tensor:
+    def run(
+        self,
+        active: list[Slot],
+        tensors: Settled,
+        gradients: list[Tensor],
+        known: dict[int, Tensor],
+        rates: list[float],
+    ) -> Tensor:
         slots = [active[i] for i in self.positions]
+        lists = [tensors.views, gradients, tensors.exp_avgs, tensors.exp_avg_sqs]
+        steps = tensors.steps
+        if len(slots) < len(active):
+            lists = [[each[i] for i in self.positions] for each in lists]
+            steps = [steps[i] for i in self.positions]
         if rates != self.rates:
             new = [rates[s.group] for s in slots]
             self.hyperparameters[:, LR] = torch.tensor(new, dtype=torch.float64, device="cpu")
             self.rates = rates
-        self.hyperparameters[:, STEP] = torch.tensor(
-            [s.step.item() + 1 for s in slots], dtype=torch.float64, device="cpu"
-        )
-        return torch.ops.stella_kernels.stella_adamw_(
-            [s.view for s in slots],
-            [gradients[i] for i in self.positions],
-            [s.exp_avg_view for s in slots],
-            [s.exp_avg_sq_view for s in slots],
-            [known.get(s.index, self.unknown) for s in slots],
-            self.hyperparameters,
-        ).cpu()
+        self.hyperparameters[:, STEP] = torch.stack(steps)
+        self.hyperparameters[:, STEP] += 1
+        couplings = [known.get(s.index, self.unknown) for s in slots] if known else [self.unknown] * len(slots)
+        return torch.ops.stella_kernels.stella_adamw_(*lists, couplings, self.hyperparameters).cpu()
 
     def overflows(self, active: list[Slot], gradients: list[Tensor], known: dict[int, Tensor]) -> list[Slot]:
         # what no bound clears is tried on copies
@@ -178,6 +203,9 @@ class Plan:
         kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for i, slot in enumerate(active):
             kinds.setdefault((slot.view.device, slot.view.dtype), []).append(i)
+        parameters = [slot.parameter for slot in active]
+        self._shapes, self._strides = [*map(_shape, parameters)], [*map(Tensor.stride, parameters)]
+        self._dtypes, self._devices = [*map(_dtype, parameters)], [*map(_device, parameters)]
         self.calls: list[Call] = []
         for positions in kinds.values():
             rows = []
@@ -188,15 +216,14 @@ class Plan:
 
     def gradients(self) -> list[Tensor]:
         """The gradients as (n, r): what is usual is asked of all factors at once, of each only where it is not."""
-        parameters: list[Any] = [slot.parameter for slot in self.active]
-        gradients: list[Any] = [p.grad for p in parameters]
+        gradients: list[Any] = [slot.parameter.grad for slot in self.active]
         usual = (
             not torch.compiler.is_compiling()
             and {*map(_layout, gradients)} == {torch.strided}
-            and [*map(_shape, gradients)] == [*map(_shape, parameters)]
-            and [*map(_dtype, gradients)] == [*map(_dtype, parameters)]
-            and [*map(_device, gradients)] == [*map(_device, parameters)]
-            and all(map(Tensor.is_contiguous, gradients))
+            and [*map(_shape, gradients)] == self._shapes
+            and [*map(_dtype, gradients)] == self._dtypes
+            and [*map(_device, gradients)] == self._devices
+            and ([*map(Tensor.stride, gradients)] == self._strides or all(map(Tensor.is_contiguous, gradients)))
             and all(map(_address, gradients))
             and not any(map(Tensor.is_neg, gradients))
         )
@@ -204,15 +231,16 @@ class Plan:
             return [slot.gradient() for slot in self.active]
         return [g.mT if slot.factor.transposed else g for slot, g in zip(self.active, gradients, strict=True)]
 
-    def run(self, gradients: list[Tensor], known: dict[int, Tensor], rates: list[float]) -> Tensor:
+    def run(self, tensors: Settled, gradients: list[Tensor], known: dict[int, Tensor], rates: list[float]) -> Tensor:
         """Take the step of all; a row of info for each, on the CPU.
 
         Args:
+            tensors: of the active factors.
             gradients: (n, r).
             known: couplings ∇ᵀY, by index of the slot.
             rates: learning rates of the groups.
         """
-        infos = [call.run(self.active, gradients, known, rates) for call in self.calls]
+        infos = [call.run(self.active, tensors, gradients, known, rates) for call in self.calls]
         if len(infos) == 1:
             return infos[0]
         info = torch.empty(len(self.active), INFO_COLUMNS, dtype=torch.float64, device="cpu")

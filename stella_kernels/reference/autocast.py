@@ -16,7 +16,8 @@ T = TypeVar("T")
 
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for ``device``; of one that has none (meta), torch would raise an error."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    kind = device.type  # of two it need not be asked, at every call
+    return (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -43,12 +43,18 @@ def operators() -> dict[str, Callable[..., Any]]:
     }
 
 
+def launch_natively(key: str) -> None:
+    """Have plans launched by the native module, where it is built, for what torch dispatches under ``key``."""
+    importlib.import_module("stella_kernels.triton_kernels.launch.native").enable(key)
+
+
 def _first_call_imports(signature: type[Signature]) -> Callable[..., Any]:
     known: list[Callable[..., Any]] = []
 
     def serve(*arguments: Any) -> Any:
         if not known:
             known.append(operators()[signature.name])
+            launch_natively("CUDA")
         return known[0](*arguments)
 
     return serve

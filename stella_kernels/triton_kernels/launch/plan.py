@@ -23,21 +23,21 @@ from torch import Tensor
 
 from ...operators.memory import extent
 from ...operators.signatures import Signature
+from . import native
 from .device import capturing, target_backend
+from .native import ARGUMENT, RESULT, SCRATCH
 
 _MOST = 4096  # plans of an operator: a batch of another length is another kind
 _ALIGNMENT = 256  # of scratch, bytes: as torch's own on a GPU, at least
-
-# Where an address comes from: an argument, a result, the scratch.
-_ARGUMENT, _RESULT, _SCRATCH = 0, 1, 2
 
 _state = threading.local()
 
 
 @dataclass(slots=True)
-class _Launch:
+class Launch:
     """A compiled kernel, its grid, and the values of all arguments, with ``places`` for addresses."""
 
+    compiled: Any
     run: Callable[..., None]
     grid: tuple[int, int, int]
     function: object
@@ -47,13 +47,14 @@ class _Launch:
 
 
 @dataclass(slots=True)
-class _Plan:
-    launches: list[_Launch]
+class Plan:
+    launches: list[Launch]
     results: list[tuple[torch.Size, tuple[int, ...], torch.dtype]]  # shape, strides
     scratch: int  # bytes
     single: bool  # whether the operator returns a tensor or several
     extents: list[int]  # bytes from the first to past the last of each tensor argument
     device: torch.device
+    handed: list[Any] | None = None  # its launches as the native module takes them, none where it cannot
 
 
 class _Recorder:
@@ -106,7 +107,7 @@ class Planned:
         self._numbers = [i for i, kind in enumerate(types.values()) if not kind.startswith(("Tensor", "list"))]
         tensors = [name for name, kind in types.items() if kind.startswith("Tensor")]
         self._written = [k for k, name in enumerate(tensors) if written[name]]
-        self._plans: dict[tuple[Any, ...], _Plan | None] = {}
+        self._plans: dict[tuple[Any, ...], Plan | None] = {}
         assert not any(kind == "list[Tensor]" for kind in types.values())
 
     def __call__(self, *arguments: Any) -> Any:
@@ -132,15 +133,18 @@ class Planned:
         key = tuple(kind)
         plan = self._plans.get(key)
         if plan is not None and self._apart(plan, addresses) and not _hooks():
+            native.last.plan = plan
+            native.keep(self._signature.name, plan)  # a process's first call comes before anything keeps plans
             if device < 0 or device == torch.cuda.current_device():
                 return _replayed(plan, addresses)
             with torch.cuda.device(device):
                 return _replayed(plan, addresses)
+        native.last.plan = None
         if key in self._plans:
             return self._implementation(self._signature(*arguments))
         return self._first(key, arguments, addresses)
 
-    def _apart(self, plan: _Plan, addresses: list[int]) -> bool:
+    def _apart(self, plan: Plan, addresses: list[int]) -> bool:
         """Whether what is written shares no memory with anything: what is left of the checks for a known kind."""
         extents = plan.extents
         for written in self._written:
@@ -154,17 +158,22 @@ class Planned:
     def _first(self, key: tuple[Any, ...], arguments: tuple[Any, ...], addresses: list[int]) -> Any:
         """The call itself; where nothing else than launches came of it, its plan is kept."""
         _state.recorder = recorder = _Recorder()
+        native.recording(True)
         try:
             result = self._implementation(self._signature(*arguments))
         finally:
             _state.recorder = None
+            native.recording(False)
         tensors = [arguments[i] for i in self._tensors]
         here = next(t for t in tensors if t is not None).device
         if capturing(here):
             return result  # what was not measured before cannot be now: another call may choose better
         if len(self._plans) >= _MOST:
             self._plans.clear()
-        self._plans[key] = _plan_of(recorder, tensors, addresses, result)
+        plan = self._plans[key] = _plan_of(recorder, tensors, addresses, result)
+        if plan is not None:
+            native.last.plan = plan
+            native.keep(self._signature.name, plan)
         return result
 
 
@@ -173,7 +182,7 @@ def _hooks() -> bool:
     return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
-def _plan_of(recorder: _Recorder, tensors: list[Tensor | None], addresses: list[int], result: Any) -> _Plan | None:
+def _plan_of(recorder: _Recorder, tensors: list[Tensor | None], addresses: list[int], result: Any) -> Plan | None:
     """None where a launch has an address that is none of the arguments', the results' or the scratch's."""
     results: list[Tensor] = [result] if isinstance(result, Tensor) else list(result)
     found: dict[int, tuple[int, int]] = {}
@@ -181,16 +190,16 @@ def _plan_of(recorder: _Recorder, tensors: list[Tensor | None], addresses: list[
         if tensor is not None and tensor.numel():
             if address in found:
                 return None  # two arguments in one place: another call of this kind may have them apart
-            found[address] = (_ARGUMENT, i)
+            found[address] = (ARGUMENT, i)
     for i, each in enumerate(results):
         if each.numel():
-            found[each.data_ptr()] = (_RESULT, i)
+            found[each.data_ptr()] = (RESULT, i)
     if not recorder.launches or not all(each.is_contiguous() for each in results):
         return None
     total = 0
     for memory in recorder.scratch:
         if memory.numel() and memory.data_ptr() not in found:
-            found[memory.data_ptr()] = (_SCRATCH, total)
+            found[memory.data_ptr()] = (SCRATCH, total)
             total += -(-memory.nbytes // _ALIGNMENT) * _ALIGNMENT
     launches = []
     for compiled, grid, given in recorder.launches:
@@ -205,13 +214,14 @@ def _plan_of(recorder: _Recorder, tensors: list[Tensor | None], addresses: list[
                 value = 0
             values.append(value)
         x, y, z, *_ = (*grid, 1, 1)
-        launches.append(_Launch(compiled.run, (x, y, z), compiled.function, compiled.packed_metadata, values, places))
+        steps = compiled.run, (x, y, z), compiled.function, compiled.packed_metadata
+        launches.append(Launch(compiled, *steps, values, places))
     extents = [extent(t) * t.element_size() if t is not None and t.numel() else 0 for t in tensors]
     kinds = [(each.shape, each.stride(), each.dtype) for each in results]
-    return _Plan(launches, kinds, total, isinstance(result, Tensor), extents, results[0].device)
+    return Plan(launches, kinds, total, isinstance(result, Tensor), extents, results[0].device)
 
 
-def _replayed(plan: _Plan, addresses: list[int]) -> Any:
+def _replayed(plan: Plan, addresses: list[int]) -> Any:
     """The launches of a plan with these addresses on the current device, and its results."""
     device = plan.device
     # half the time of torch.empty
@@ -226,7 +236,7 @@ def _replayed(plan: _Plan, addresses: list[int]) -> Any:
         values = step.values.copy()
         for position, source, which in step.places:
             values[position] = (
-                addresses[which] if source == _ARGUMENT else made[which] if source == _RESULT else base + which
+                addresses[which] if source == ARGUMENT else made[which] if source == RESULT else base + which
             )
         step.run(*step.grid, stream, step.function, step.metadata, None, None, None, *values)
     return results[0] if plan.single else tuple(results)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
-from operator import attrgetter
+from itertools import chain, repeat
+from operator import attrgetter, is_
 from threading import RLock
 
 import torch
@@ -77,7 +77,7 @@ _shape, _dtype = attrgetter("shape"), attrgetter("dtype")
 class Identity:
     """What a table is of: the addresses of all tensors, and all else that it depends on."""
 
-    addresses: tuple[int, ...]  # after the number of columns
+    addresses: tuple[int, ...]  # after the numbers of columns and of couplings
     form: tuple[object, ...]
 
 
@@ -87,7 +87,9 @@ def identity_of(columns: Sequence[Sequence[Tensor]], couplings: Sequence[Tensor]
     Called at every step with a thousand tensors and more: nothing is looped over in Python.
     """
     every = [*chain.from_iterable(columns), *couplings]
-    addresses = (len(columns), *map(Tensor.data_ptr, every))
+    if couplings and all(map(is_, couplings, repeat(couplings[0]))):  # as a rule none is given, by one empty tensor
+        del every[len(every) - len(couplings) + 1 :]
+    addresses = (len(columns), len(couplings), *map(Tensor.data_ptr, every))
     return Identity(
         addresses,
         (*map(_shape, every), *map(Tensor.stride, every), *map(_dtype, every), *map(Tensor.get_device, every)),
@@ -150,9 +152,9 @@ def _readdressed(identity: Identity, steps: bool) -> Table | None:
         k, columns = table.factors, there[0]
         if columns != here[0] or table.coupled or steps != bool(table.held.tensors) or form != identity.form:
             continue
-        if steps and here[1 : 1 + k] != there[1 : 1 + k]:
+        if steps and here[2 : 2 + k] != there[2 : 2 + k]:
             continue  # the scratch of the steps is those factors'
-        places = torch.tensor(here[1 : 1 + columns * k], dtype=torch.int64).view(columns, k)
+        places = torch.tensor(here[2 : 2 + columns * k], dtype=torch.int64).view(columns, k)
         rows = table.host.clone()
         fields = rows[:, HEADER : HEADER + FIELDS * columns : FIELDS]  # (k, columns)
         aligned = bool(((places.mT ^ fields) & 15 == 0).all())  # else loads have another width
