@@ -63,9 +63,8 @@ def _retract_rows_(a: signatures.RetractRows) -> Tensor:
 
 
 def _adamw_gram_(a: signatures.AdamWGram) -> tuple[Tensor, Tensor]:
-    steps = sum(factor.numel() for factor in a.factors)
     grams = _flat(a.factors, grams_words)
-    return grams, grams.new_empty(steps)
+    return grams, grams.new_empty(torch.library.get_ctx().new_dynamic_size())  # the implementation's own affair
 
 
 def _adamw_rows_(a: signatures.AdamWRows) -> Tensor:

@@ -120,9 +120,10 @@ def _retract(into: Tensor, Y: Tensor, delta: Tensor, sums: Tensor, grams: Tensor
     A, D = _blocks(grams, into)
     drift = float(torch.linalg.matrix_norm(C.double() - torch.eye(r, dtype=torch.float64, device=C.device)))
     solution = sharded.solve(C, A, D)
-    eps = torch.finfo(Y.dtype).eps
-    # G is known to some eps of the terms it is made of; where that is more than its least eigenvalue it has no root
-    error = 4.0 * math.sqrt(r) * eps * solution.condition * max(1.0, solution.growth)
+    # the round-off of the sums, relative to G's condition and to what cancelled in it, of the product, and of its
+    # coefficients (csrc/cpu/stiefel/residual.h); where that is more than G's least eigenvalue it has no root
+    root = math.sqrt(r)
+    error = torch.finfo(Y.dtype).eps * root * (2 + 1.25 * root + 8 * solution.condition * max(1.0, solution.growth))
     if not error <= 0.25:
         return [STATUS_NOT_CONVERGED, math.nan, 0.0, PATH_FLOAT64_GRAM, drift]
     left, right = solution.left.to(Y.dtype), solution.right.to(Y.dtype)

@@ -129,11 +129,12 @@ class StellaAdamWStep(Signature):
 # with its own rows of every factor, (n_i, r), any n_i, none too, and adds up what ``sums`` and ``grams`` hold over the
 # processes in between. Both are flat and of the arithmetic's dtype, for one factor after another:
 #
-#     sums    K = ∇ᵀY (r, r), the upper triangle of C = YᵀY by rows, and ‖∇‖_F
+#     sums    K = ∇ᵀY (r, r), the upper triangle of C = YᵀY by rows, and a bound on ‖∇‖_F
 #     grams   A = YᵀΔ (r, r), and the upper triangle of D = ΔᵀΔ by rows
 #
-# The sum of the processes' norms is above the norm of all rows: a bound, finite wherever every gradient is. What may be
-# wrong (values that are not finite, overflow, drift) is for the caller to see in ``sums``, before anything is written.
+# The sum of the processes' bounds is one of all rows, finite wherever every gradient is (at most 1e30 each) and NaN where
+# one is not. What may be wrong (values that are not finite, overflow, drift) is for the caller to see in ``sums``,
+# before anything is written.
 
 
 @dataclass(frozen=True, slots=True)

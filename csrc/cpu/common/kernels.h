@@ -97,6 +97,9 @@ struct IsaKernels {
   bool (*polar_accept)(const PolarJob&, const double* gram, Outcome*);
   void (*retract_gram)(const RetractJob&, int64_t begin, int64_t end, double* gram);
   bool (*retract_solve)(const RetractJob&, const double* gram, double* coefficients, Outcome*);
+  // The same in float64 where that refuses, with a residual that counts the round-off of the Gram: a second retraction
+  // takes it away.
+  bool (*retract_solve_far)(const RetractJob&, const double* gram, double* coefficients, Outcome*);
   void (*retract_update)(const RetractJob&, int64_t begin, int64_t end, const double* coefficients);
   // gradient^T Y and Y^T Y, side by side in `gram` (2 of r x r).
   void (*gradient_gram)(const GradientJob&, int64_t begin, int64_t end, double* gram);
@@ -110,6 +113,7 @@ struct IsaKernels {
   // In phases: gradient^T factor; moments and step (kept in `steps`, of adamw_steps_bytes)
   // with the Gram of [Y, step] (2r x 2r); the solve; the update; and, when the solve refuses, the slow way.
   int64_t (*adamw_steps_bytes)(const AdamwJob&);
+  bool (*adamw_steps_by_rows)(const AdamwJob&);  // whether they lie like rows of the factor, or in panels
   void (*adamw_coupling)(const AdamwJob&, int64_t begin, int64_t end, double* coupling);
   void (*adamw_step)(const AdamwJob&, int64_t begin, int64_t end, const double* coupling, void* steps, double* gram);
   bool (*adamw_solve)(const AdamwJob&, const double* gram, double* coefficients, Outcome*);

@@ -267,6 +267,19 @@ bool retract_solve(const RetractJob& job, const double* gram, double* coefficien
   return solved;
 }
 
+// Whose Gram matrix is ill-conditioned: what is round-off in float64 is that of T in the factor, since the Gram was
+// summed from T. Refused where that leaves nothing to go on from.
+bool retract_solve_far(const RetractJob& job, const double* gram, double* coefficients, Outcome* outcome) {
+  *outcome = Outcome();
+  const Limits none = {__builtin_inf(), __builtin_inf()};
+  if (!retract_coefficients<double>(gram, job.moved.r, none, coefficients, outcome)) return false;
+  outcome->path = Path::float64_gram;
+  const bool wide = job.moved.storage == Storage::float64;
+  outcome->residual *= wide ? 1.0 : unit_roundoff<float>() / unit_roundoff<double>();
+  outcome->residual = stored_residual<double>(outcome->residual, job.moved);
+  return outcome->residual <= 0.25;
+}
+
 void retract_update(const RetractJob& job, int64_t begin, int64_t end, const double* coefficients) {
   with_arithmetic(job.moved, [&](auto zero) {
     using T = decltype(zero);

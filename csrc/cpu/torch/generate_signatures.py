@@ -43,7 +43,7 @@ def header(definitions: Path) -> str:
         "",
         "using torch::stable::Tensor;",
     ]
-    for signature in module.SIGNATURES:
+    for signature in (*module.SIGNATURES, *module.PHASES):
         arguments = {name: _TYPES[kind] for name, kind in signature.arguments().items()}
         lines += ["", f"struct {signature.__name__} {{"]
         lines += [f'  static constexpr const char* op = "{signature.name}";']
