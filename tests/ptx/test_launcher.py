@@ -109,6 +109,20 @@ def test_a_layer_has_the_bits_of_python(
     assert [launcher.plans(name) for name in JOINED] == [1, learned]
 
 
+def test_autocast_is_another_kind(native: None) -> None:
+    """Its product has another dtype; a weight that backward has to cast is no business of the launcher's."""
+    for step in range(3):
+        arguments, grad_y = _layer(torch.float32, (T,), True, 0.25), _made(torch.float32, T, M)
+        plain = _by_python(stella_linear, arguments, grad_y, step)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            wanted = _by_python(stella_linear, arguments, grad_y.bfloat16(), step)
+            found = _outcome(stella_linear, arguments, grad_y.bfloat16(), step)
+        assert all(map(torch.equal, found, wanted))
+        assert found[0].dtype == torch.bfloat16
+        assert all(map(torch.equal, _outcome(stella_linear, arguments, grad_y, step), plain))
+    assert [launcher.plans(name) for name in JOINED] == [2, 1]
+
+
 def test_factors_that_do_not_train_and_inference(native: None) -> None:
     for step in range(3):
         arguments, grad_y = _layer(torch.float32, (T,), True, 0.0), _made(torch.float32, T, M)
