@@ -151,6 +151,18 @@ void serve(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = torch::stable::detail::from(results);
 }
 
+// number(tensors): see plans.h; 0 of tensors that have no address.
+void serve_number(StableIValue* stack, uint64_t, uint64_t) {
+  const auto list = reinterpret_cast<StableListHandle>(stack[0]);
+  int64_t number = 0;
+  try {
+    number = number_of(list);
+  } catch (const std::exception&) {
+  }
+  TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+  stack[0] = torch::stable::detail::from(number);
+}
+
 template <size_t... which>
 constexpr auto all_of(std::index_sequence<which...>) {
   return std::array<void (*)(StableIValue*, uint64_t, uint64_t), sizeof...(which)>{&serve<which>...};
@@ -172,6 +184,7 @@ bool enable(const std::string& space, const std::string& key,
     g_bodies[g_count] = name == "linear" ? linear : name == "linear_backward" ? linear_backward : launched;
     TORCH_ERROR_CODE_CHECK(torch_library_impl(g_library, op.name.c_str(), kServe[g_count++], TORCH_ABI_VERSION));
   }
+  TORCH_ERROR_CODE_CHECK(torch_library_impl(g_library, "number", serve_number, TORCH_ABI_VERSION));
   return true;
 }
 
