@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from .checks import METHODS, check_choice, check_float_tensor, check_tall
 from .operators import planned
-from .operators.autograd import LaunchedLinearFunction, StellaAdapterFunction, StellaLinearFunction
+from .operators.autograd import StellaAdapterFunction, StellaLinearFunction, launched_linear
 from .operators.memory import overlaps_itself
 from .operators.polar_gradient import PolarFunction
 from .operators.status import INFO_COLUMNS
@@ -137,7 +137,7 @@ def _launched(
         torch._C._set_grad_enabled(grad)
     if not computed or not grad:
         return computed[0] if computed else None
-    return LaunchedLinearFunction.apply(x, W, b, U, S, Vt, scale, p, computed, recompute)
+    return launched_linear(x, W, b, U, S, Vt, scale, p, computed, recompute)
 
 
 def stella_linear(

@@ -25,7 +25,7 @@ TorchLibraryHandle g_library;  // for as long as the process runs
 
 // What Python is asked at every call, under its lock.
 struct Runtime {
-  PyObject *knobs, *deterministic, *autocast, *device, *stream;
+  PyObject *knobs, *deterministic, *autocast, *autocast_dtype, *device, *stream;
 };
 Runtime g_runtime;
 
@@ -47,19 +47,25 @@ py::object result_of(PyObject* found) {
   return py::reinterpret_steal<py::object>(found);
 }
 
-bool has_calls(const char* hook) {
-  const py::object chain = result_of(PyObject_GetAttrString(g_runtime.knobs, hook));
-  return PyObject_IsTrue(result_of(PyObject_GetAttrString(chain.ptr(), "calls")).ptr()) != 0;
+bool is_true(const py::object& value) { return PyObject_IsTrue(value.ptr()) != 0; }
+
+bool has_calls(PyObject* hook) {
+  static PyObject* const calls = PyUnicode_InternFromString("calls");
+  const py::object chain = result_of(PyObject_GetAttr(g_runtime.knobs, hook));
+  return is_true(result_of(PyObject_GetAttr(chain.ptr(), calls)));
 }
 
 // Whether plans serve now; the last word of the key, and the stream, are Python's to tell.
 bool ask(const Operator& op, Call& call, void*& stream) {
   const Lock lock;
   try {
-    if (has_calls("launch_enter_hook") || has_calls("launch_exit_hook")) return false;
+    static PyObject* const enter = PyUnicode_InternFromString("launch_enter_hook");
+    static PyObject* const exit = PyUnicode_InternFromString("launch_exit_hook");
+    if (has_calls(enter) || has_calls(exit)) return false;
     if (call.device >= 0 && result_of(PyObject_CallNoArgs(g_runtime.device)).cast<int>() != call.device) return false;
-    call.key.push_back(PyObject_IsTrue(result_of(PyObject_CallNoArgs(g_runtime.deterministic)).ptr()));
-    if (op.follows_autocast) call.key.push_back(result_of(PyObject_CallNoArgs(g_runtime.autocast)).cast<int64_t>());
+    call.key.push_back(is_true(result_of(PyObject_CallNoArgs(g_runtime.deterministic))));
+    if (op.follows_autocast && is_true(result_of(PyObject_CallNoArgs(g_runtime.autocast))))  // a dtype is one object
+      call.key.push_back(reinterpret_cast<int64_t>(result_of(PyObject_CallNoArgs(g_runtime.autocast_dtype)).ptr()));
     const py::int_ index(call.device < 0 ? 0 : call.device);
     stream = PyLong_AsVoidPtr(result_of(PyObject_CallOneArg(g_runtime.stream, index.ptr())).ptr());
     return true;
@@ -145,6 +151,18 @@ void serve(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = torch::stable::detail::from(results);
 }
 
+// number(tensors): see plans.h; 0 of tensors that have no address.
+void serve_number(StableIValue* stack, uint64_t, uint64_t) {
+  const auto list = reinterpret_cast<StableListHandle>(stack[0]);
+  int64_t number = 0;
+  try {
+    number = number_of(list);
+  } catch (const std::exception&) {
+  }
+  TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+  stack[0] = torch::stable::detail::from(number);
+}
+
 template <size_t... which>
 constexpr auto all_of(std::index_sequence<which...>) {
   return std::array<void (*)(StableIValue*, uint64_t, uint64_t), sizeof...(which)>{&serve<which>...};
@@ -153,10 +171,11 @@ constexpr auto kServe = all_of(std::make_index_sequence<kMostOperators>());
 
 bool enable(const std::string& space, const std::string& key,
             const std::vector<std::pair<std::string, std::string>>& operators, py::object knobs,
-            py::object deterministic, py::object autocast, py::object device, py::object stream) {
+            py::object deterministic, py::object autocast, py::object autocast_dtype, py::object device,
+            py::object stream) {
   if (g_count || operators.size() > kMostOperators || !has_driver()) return false;
-  g_runtime = {knobs.release().ptr(), deterministic.release().ptr(), autocast.release().ptr(), device.release().ptr(),
-               stream.release().ptr()};
+  g_runtime = {knobs.release().ptr(),          deterministic.release().ptr(), autocast.release().ptr(),
+               autocast_dtype.release().ptr(), device.release().ptr(),        stream.release().ptr()};
   TORCH_ERROR_CODE_CHECK(aoti_torch_library_init_impl(space.c_str(), key.c_str(), __FILE__, __LINE__, &g_library));
   for (const auto& [name, kinds] : operators) {
     Operator& op = g_operators[g_count];
@@ -165,6 +184,7 @@ bool enable(const std::string& space, const std::string& key,
     g_bodies[g_count] = name == "linear" ? linear : name == "linear_backward" ? linear_backward : launched;
     TORCH_ERROR_CODE_CHECK(torch_library_impl(g_library, op.name.c_str(), kServe[g_count++], TORCH_ABI_VERSION));
   }
+  TORCH_ERROR_CODE_CHECK(torch_library_impl(g_library, "number", serve_number, TORCH_ABI_VERSION));
   return true;
 }
 
@@ -214,7 +234,7 @@ bool keep(const std::string& name, const std::vector<LaunchTuple>& launches, con
 PYBIND11_MODULE(_launcher, m) {
   m.doc() = "Launch plans of stella_kernels' layer operators, launched without Python.";
   m.def("enable", &enable, py::arg("space"), py::arg("key"), py::arg("operators"), py::arg("knobs"),
-        py::arg("deterministic"), py::arg("autocast"), py::arg("device"), py::arg("stream"),
+        py::arg("deterministic"), py::arg("autocast"), py::arg("autocast_dtype"), py::arg("device"), py::arg("stream"),
         "Implement operators of a namespace under a dispatch key: each returns its results, or none where it has no "
         "plan. False where there is no driver.");
   m.def("keep", &keep, py::arg("operator"), py::arg("launches"), py::arg("results"), py::arg("scratch"),

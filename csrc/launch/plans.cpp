@@ -40,7 +40,8 @@ const Driver& driver() {
 
 AtenTensorHandle handle_of(StableIValue value) { return reinterpret_cast<AtenTensorHandle>(value); }
 
-void read_tensor(AtenTensorHandle tensor, bool written, Call& call) {
+// Adds what a plan depends on of a tensor; its address.
+uint64_t describe(AtenTensorHandle tensor, Call& call) {
   void* address = nullptr;
   int64_t dim = 0, *sizes = nullptr, *strides = nullptr;
   int32_t dtype = 0;
@@ -58,7 +59,11 @@ void read_tensor(AtenTensorHandle tensor, bool written, Call& call) {
   call.key.insert(call.key.end(), strides, strides + dim);
   for (int64_t d = dim - 1, step = 1; dim > 2 && d >= 0; step *= sizes[d--])
     call.flat &= sizes[d] == 1 || strides[d] == step;
-  call.addresses[call.tensors] = place;
+  return place;
+}
+
+void read_tensor(AtenTensorHandle tensor, bool written, Call& call) {
+  call.addresses[call.tensors] = describe(tensor, call);
   call.written[call.tensors++] = written;
 }
 
@@ -92,6 +97,28 @@ void read(const Operator& op, const StableIValue* stack, Call& call) {
       call.written[call.tensors++] = false;
     }
   }
+}
+
+int64_t number_of(StableListHandle tensors) {
+  static std::mutex one_at_a_time;
+  static std::unordered_map<Key, int64_t, Hash> known;
+  static int64_t given = 0;
+  Call call;
+  size_t size = 0;
+  TORCH_ERROR_CODE_CHECK(torch_list_size(tensors, &size));
+  call.key.reserve(6 * size);
+  for (size_t i = 0; i < size; ++i) {
+    StableIValue item = 0;
+    TORCH_ERROR_CODE_CHECK(torch_list_get_item(tensors, i, &item));
+    const torch::stable::Tensor owned(handle_of(item));
+    call.key.push_back(static_cast<int64_t>(describe(owned.get(), call)));
+    call.key.push_back(call.device_type);
+  }
+  const std::lock_guard lock(one_at_a_time);
+  if (known.size() >= kMostNumbers && !known.count(call.key)) known.clear();
+  const auto [found, is_new] = known.try_emplace(std::move(call.key), given + 1);
+  given += is_new;
+  return found->second;
 }
 
 void drop(const Operator& op, StableIValue* stack) {

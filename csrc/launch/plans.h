@@ -19,6 +19,8 @@ constexpr size_t kMostParameters = 64;  // of a kernel
 constexpr size_t kMostResults = 8;
 constexpr size_t kMostPlans = 4096;  // of an operator, as in plan.py
 
+constexpr size_t kMostNumbers = 64;
+
 // Where an address comes from, as in plan.py.
 enum Source : int { kArgument, kResult, kScratch };
 
@@ -80,6 +82,10 @@ struct Call {
 
 // Fills in `call`; nothing is taken off the stack.
 void read(const Operator& op, const StableIValue* stack, Call& call);
+
+// A number of its own for a list of tensors as they are and where they lie, from 1 on; the same for the same, for as
+// long as there are few others.
+int64_t number_of(StableListHandle tensors);
 
 // An owned tensor, uninitialised, on the call's device.
 torch::stable::Tensor allocated(const Call& call, const int64_t* sizes, const int64_t* strides, size_t dim,

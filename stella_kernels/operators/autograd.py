@@ -168,6 +168,10 @@ class LaunchedLinearFunction(StellaLinearFunction):
         return y
 
 
+# Function.apply without its Python: that is for torch.func's transforms, under which no plan is launched.
+launched_linear: Any = super(torch.autograd.Function, LaunchedLinearFunction).apply
+
+
 class StellaAdapterFunction(torch.autograd.Function):
     """y += s d(x) V Sᵀ Uᵀ in place on the output of an opaque base: x (..., n), y (..., m)."""
 

@@ -109,6 +109,20 @@ def test_a_layer_has_the_bits_of_python(
     assert [launcher.plans(name) for name in JOINED] == [1, learned]
 
 
+def test_autocast_is_another_kind(native: None) -> None:
+    """Its product has another dtype; a weight that backward has to cast is no business of the launcher's."""
+    for step in range(3):
+        arguments, grad_y = _layer(torch.float32, (T,), True, 0.25), _made(torch.float32, T, M)
+        plain = _by_python(stella_linear, arguments, grad_y, step)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            wanted = _by_python(stella_linear, arguments, grad_y.bfloat16(), step)
+            found = _outcome(stella_linear, arguments, grad_y.bfloat16(), step)
+        assert all(map(torch.equal, found, wanted))
+        assert found[0].dtype == torch.bfloat16
+        assert all(map(torch.equal, _outcome(stella_linear, arguments, grad_y, step), plain))
+    assert [launcher.plans(name) for name in JOINED] == [2, 1]
+
+
 def test_factors_that_do_not_train_and_inference(native: None) -> None:
     for step in range(3):
         arguments, grad_y = _layer(torch.float32, (T,), True, 0.0), _made(torch.float32, T, M)
@@ -222,3 +236,44 @@ def test_transforms_and_second_derivatives_are_refused(native: None) -> None:
         grad.sum().backward()
     with pytest.raises(NotImplementedError, match=r"torch\.func"):
         torch.vmap(lambda x: stella_linear(x, *arguments[1:]))(arguments[0].detach()[None])
+
+
+def test_a_number_is_of_tensors_as_they_are_and_where_they_lie(native: None) -> None:
+    memory = torch.zeros(64)
+    a, b = memory[:16].view(4, 4), memory[16:32].view(4, 4)
+    first = planned.number([a, b])
+    assert first > 0
+    assert planned.number([memory[:16].view(4, 4), b]) == first
+    others = [[b, a], [a], [a, b.mT], [a, memory[16:32].view(2, 8)], [a, memory[17:33].view(4, 4)]]
+    others += [[a, b.view(torch.int32)], [a, b, b]]
+    assert len({first, *(planned.number(each) for each in others)}) == 1 + len(others)
+    for stranger in (torch.eye(4).to_sparse(), torch.empty(4, 4, device="meta")):
+        assert planned.number([a, stranger]) == 0
+
+
+def test_a_step_of_known_tensors_has_the_bits_of_any(native: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = emulator.operators()["stella_adamw_"]
+    factors = [torch.linalg.qr(torch.randn(n, R)).Q.contiguous() for n in (M, N)]
+    lists = [factors, *([torch.zeros_like(Y) for Y in factors] for _ in range(3))]
+    apart = [[t.clone() for t in each] for each in lists]
+    none = [torch.empty(0)] * 2
+    numbers: list[int] = []
+    real = planned.number
+    for step in range(1, 5):
+        settings = torch.tensor([[1e-2, 0.9, 0.999, 1e-8, step, 1.0, 1.0]] * 2, dtype=torch.float64)
+        if step == 4:  # a gradient elsewhere
+            lists[1][0], apart[1][0] = torch.zeros_like(factors[0]), torch.zeros_like(factors[0])
+        for mine, other in zip(lists[1], apart[1], strict=True):
+            other.copy_(mine.normal_())
+        monkeypatch.setattr(planned, "number", lambda tensors: 0)
+        wanted = operator(*apart, none, settings)
+        monkeypatch.setattr(planned, "number", lambda tensors: numbers.append(real(tensors)) or numbers[-1])
+        found = operator(*lists, none, settings)
+        assert torch.equal(found, wanted)
+        for mine, other in zip(lists, apart, strict=True):
+            assert all(map(torch.equal, mine, other))
+    assert len(set(numbers[:3])) == 1
+    assert numbers[3] != numbers[0] > 0
+    bad = torch.tensor([[1e-2, 0.9, 0.999, 1e-8, 0.0, 1.0, 1.0]] * 2, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="hyperparameters"):
+        operator(*lists, none, bad)

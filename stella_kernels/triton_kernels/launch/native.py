@@ -11,6 +11,7 @@ import struct
 import threading
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +23,6 @@ from .device import target_backend
 
 if TYPE_CHECKING:
     from .plan import Launch, Plan
-
-AUTOCAST_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # By Triton's types: how PTX declares a parameter of the type, and how its bytes are packed. Pointers are *.
 _FORMATS = {"i1": ("8", "<b"), "i8": ("8", "<b"), "i16": ("16", "<h"), "i32": ("32", "<i"), "i64": ("64", "<q")}
@@ -51,13 +50,8 @@ def enable(key: str) -> None:
     deterministic = torch._C._get_deterministic_algorithms
     device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
     device_type = key.lower()
-
-    def autocast() -> int:
-        if not torch.is_autocast_enabled(device_type):
-            return 0
-        return 1 + AUTOCAST_DTYPES.index(torch.get_autocast_dtype(device_type))
-
-    if found.enable(planned.NAMESPACE, key, operators, runtime, deterministic, autocast, device, stream):
+    autocast = partial(torch.is_autocast_enabled, device_type), partial(torch.get_autocast_dtype, device_type)
+    if found.enable(planned.NAMESPACE, key, operators, runtime, deterministic, *autocast, device, stream):
         _module = found
         planned.serve(device_type, keep_joined)
 

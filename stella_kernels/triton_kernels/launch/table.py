@@ -67,6 +67,7 @@ class Table:
 
 
 _tables: OrderedDict[tuple[int, ...], tuple[tuple[object, ...], Table]] = OrderedDict()
+_numbers: OrderedDict[int, tuple[tuple[int, ...], Table]] = OrderedDict()
 _steps: OrderedDict[tuple[object, ...], Shared] = OrderedDict()
 _one_at_a_time = RLock()  # of threads that look for a table
 
@@ -111,6 +112,26 @@ def met_before(identity: Identity, steps: bool = False) -> Table | None:
             return None
         _tables.move_to_end(identity.addresses)
         return _in_use(found[1])
+
+
+def numbered(number: int) -> Table | None:
+    """The table of a call whose tensors have this number (``planned.number``), while it is kept."""
+    with _one_at_a_time:
+        addresses, found = _numbers.get(number, ((), None))
+        kept = _tables.get(addresses)
+        if found is None or kept is None or kept[1] is not found:
+            _numbers.pop(number, None)
+            return None
+        _tables.move_to_end(addresses)
+        return _in_use(found)
+
+
+def remember(number: int, identity: Identity, table: Table) -> None:
+    """That these tensors have this number, not 0."""
+    with _one_at_a_time:
+        _numbers[number] = identity.addresses, table
+        if len(_numbers) > _KEPT:
+            _numbers.popitem(last=False)
 
 
 def table_of(

@@ -7,16 +7,17 @@ the CPU. The reference takes ranks above 128 and ``method='svd'``, which is torc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ...operators import arguments, fallback, signatures
+from ...operators import arguments, fallback, planned, signatures
 from ...operators.status import INFO_COLUMNS, STATUS_NON_FINITE, STATUS_NOT_CONVERGED
 from ..launch.configuration import MAX_RANK
 from ..launch.device import runs_on
-from ..launch.table import Identity, Table, identity_of, met_before, table_of
+from ..launch.table import Identity, Table, identity_of, met_before, numbered, remember, table_of
 from . import launches
 
 
@@ -77,6 +78,10 @@ def riemannian_gradient_(a: signatures.RiemannianGradient) -> Tensor:
 
 
 def stella_adamw_(a: signatures.StellaAdamWStep) -> Tensor:
+    number = planned.number([*chain.from_iterable(_columns(a)), *a.couplings])
+    if number and (table := numbered(number)) is not None:
+        arguments.check_hyperparameters(a)
+        return launches.stella_adamw_(a, table)
     identity = _identity(a, a.couplings)
     steps = bool(a.factors) and launches.keeps_steps(a.factors[0].dtype)
     table = met_before(identity, steps)
@@ -88,6 +93,8 @@ def stella_adamw_(a: signatures.StellaAdamWStep) -> Tensor:
     if table is None:
         arguments.check_memory(a)
         return _on_device_of(a.factors, fallback.stella_adamw_(a))
+    if number:
+        remember(number, identity, table)
     return launches.stella_adamw_(a, table)
 
 
