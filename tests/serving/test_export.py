@@ -294,3 +294,18 @@ def test_an_adapter_injected_into_a_bare_model_is_converted(tmp_path):
     assert config["peft_type"] == "LORA"
     ids = tokens()
     assert difference(logits(PeftModel.from_pretrained(fresh, tmp_path), ids), logits(model, ids)) < SAME_LOGITS
+
+
+def test_exports_are_swapped_into_a_running_model(tmp_path):
+    from peft.utils.hotswap import hotswap_adapter
+
+    base, ids = llama(), tokens()
+    wanted = {}
+    for name, settings in (("one", {}), ("two", {"stella_diag_s": True, "lora_alpha": 16})):
+        model = trained(copy.deepcopy(base), target_modules=["q_proj", "up_proj"], **settings)
+        save_as_lora(tmp_path / name, model)
+        wanted[name] = logits(model, ids)
+    served = PeftModel.from_pretrained(base, tmp_path / "one")
+    assert difference(logits(served, ids), wanted["one"]) < SAME_LOGITS
+    hotswap_adapter(served, str(tmp_path / "two"), adapter_name="default")
+    assert difference(logits(served, ids), wanted["two"]) < SAME_LOGITS
