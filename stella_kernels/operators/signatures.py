@@ -132,9 +132,9 @@ class StellaAdamWStep(Signature):
 #     sums    K = ∇ᵀY (r, r), the upper triangle of C = YᵀY by rows, and a bound on ‖∇‖_F
 #     grams   A = YᵀΔ (r, r), and the upper triangle of D = ΔᵀΔ by rows
 #
-# The sum of the processes' bounds is one of all rows, finite wherever every gradient is (at most 1e30 each) and NaN where
-# one is not. What may be wrong (values that are not finite, overflow, drift) is for the caller to see in ``sums``,
-# before anything is written.
+# The sum of the processes' bounds is one of all rows: finite wherever every gradient is (at most 1e30 each), and NaN
+# where one is not. What may be wrong (values that are not finite, overflow, drift) is for the caller to see in
+# ``sums``, before anything is written.
 
 
 @dataclass(frozen=True, slots=True)
