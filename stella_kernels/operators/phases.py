@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..reference import adamw, sharded
+from ..reference.autocast import without_autocast
 from . import signatures
 from .status import (
     INFO_COLUMNS,
@@ -136,11 +138,24 @@ def _info(rows: list[list[float]]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64).reshape(-1, INFO_COLUMNS)
 
 
+def _outside_autocast(implementation: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Every phase's first argument is a list of tensors, all on one device."""
+
+    def serve(a: signatures.Signature) -> Any:
+        tensors: list[Tensor] = getattr(a, fields(a)[0].name)  # type: ignore[arg-type]
+        if not tensors:
+            return implementation(a)
+        with without_autocast(tensors[0].device):
+            return implementation(a)
+
+    return serve
+
+
 IMPLEMENTATIONS: dict[type[signatures.Signature], Callable[[Any], Any]] = {
-    signatures.GradientGram: gradient_gram,
-    signatures.RiemannianGradientRows: riemannian_gradient_rows_,
-    signatures.RetractGram: retract_gram,
-    signatures.RetractRows: retract_rows_,
-    signatures.AdamWGram: adamw_gram_,
-    signatures.AdamWRows: adamw_rows_,
+    signatures.GradientGram: _outside_autocast(gradient_gram),
+    signatures.RiemannianGradientRows: _outside_autocast(riemannian_gradient_rows_),
+    signatures.RetractGram: _outside_autocast(retract_gram),
+    signatures.RetractRows: _outside_autocast(retract_rows_),
+    signatures.AdamWGram: _outside_autocast(adamw_gram_),
+    signatures.AdamWRows: _outside_autocast(adamw_rows_),
 }

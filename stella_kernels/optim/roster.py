@@ -183,6 +183,8 @@ class Roster:
         optimizer, places = self._optimizer(), self._held()
         assert optimizer is not None
         missing = [f for f in factors if id(f.parameter) not in places]
+        if not missing:
+            return []
         live = {f.name: f for f in self.family.members() if id(f.parameter) in places}
         if any(f.name not in live or f.parameter in optimizer.state for f in missing):
             return []

@@ -177,7 +177,7 @@ def test_mixin_serves_another_trainer(tmp_path):
 def test_sharded_training_is_refused(tmp_path, name):
     trainer = StellaTrainer(model=model_for_training(), args=arguments(tmp_path), train_dataset=examples())
     setattr(trainer, name, True)
-    with pytest.raises(NotImplementedError, match="splits or copies factors"):
+    with pytest.raises(NotImplementedError, match="wanted FSDP2"):
         trainer.create_optimizer()
     assert trainer.optimizer is None
 

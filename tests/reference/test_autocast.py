@@ -94,6 +94,8 @@ def test_fallback(operator: str, dtype: torch.dtype) -> None:
     layer = u, s, v.mT, 2.0, 0.5, torch.tensor(3)
     settings = torch.tensor([[1e-2, 0.9, 0.99, 1e-8, 1.0, 1.0, 1.0]], dtype=torch.float64)
     move = MOVE[0].to(dtype)
+    sums = REFERENCE["gradient_gram"]([move], [u])
+    grams = REFERENCE["retract_gram"]([u + move], [u], [1.0])
 
     def run() -> list[Tensor]:
         written = [t.clone() for t in (u + move, move, move.abs(), y, x)]
@@ -103,6 +105,12 @@ def test_fallback(operator: str, dtype: torch.dtype) -> None:
             "riemannian_gradient_": ([gradient], [u], []),
             "project_retract_": ([moved], [u], [1.0], "auto"),
             "stella_adamw_": ([moved], [move], [gradient], [square], [torch.empty(0)], settings),
+            "gradient_gram": ([gradient], [u]),
+            "riemannian_gradient_rows_": ([gradient], [u], [], sums),
+            "retract_gram": ([moved], [u], [1.0]),
+            "retract_rows_": ([moved], [u], [1.0], sums, grams),
+            "adamw_gram_": ([moved], [move], [gradient], [square], sums, settings),
+            "adamw_rows_": ([moved], move.to(sums.dtype).reshape(-1), sums, grams),
             "philox_dropout": (x, 0.5, torch.tensor(3)),
             "adapter_forward_": (out, x, *layer),
             "adapter_product": (x, None, *layer),
