@@ -16,25 +16,21 @@ from ..distributed.rows import is_sharded
 from ..nn import StiefelFactor
 from ..operators.status import DRIFT, RESIDUAL, STATUS_OK, STATUS_OVERFLOW
 from . import targets
-from .coupling import Couplings
-from .guard import Guard
-from .interruption import uninterrupted
-from .plan import (
-    Plan,
-    Settled,
+from .fused.coupling import Couplings
+from .fused.plan import Plan, Settled, Slot, groups_of, step_free
+from .fused.refusals import (
     SkippedStep,
-    Slot,
     check_free,
     check_state_dict,
-    groups_of,
     reasons_to_skip,
     refuse_gradients,
     refuse_large,
     refuse_options,
     refuse_retraction,
     refuse_stuck,
-    step_free,
 )
+from .guard import Guard
+from .interruption import uninterrupted
 from .roster import Family, Roster
 
 
@@ -62,7 +58,7 @@ class StellaAdamW(AdamW):
             (n, r), n > r. Default: ``params``, where that is a model.
         grad_scaling: True takes d from the model's ``config.hidden_size``, a number is d itself, False is no scaling.
         retraction: 'polar'. For others, and for amsgrad, ``optim.attach`` serves any torch optimizer.
-        coupled: take ``∇ᵀY`` from the gradient of S where the adapter can promise it (see ``optim.coupling``), which
+        coupled: take ``∇ᵀY`` from the gradient of S where the adapter can promise it (``optim.fused.coupling``), which
             saves a pass over the factors. ``coupled_reason`` says for which factors it cannot, and why.
         on_foreign_move: what to do with a factor that something else has moved off its manifold since its last step,
             found as a step begins (``optim.guard``): 'error', or 'retract' to go on from its orthogonal polar factor,

@@ -77,8 +77,7 @@ std::vector<double> gram_of(const Blocks& point, const Blocks& step, int64_t r) 
       gram[i * order + j] = *c++;
       gram[(r + i) * order + r + j] = *d++;
     }
-  for (int64_t i = 0; i < r; ++i)
-    std::copy_n(step.full.data() + i * r, r, gram.data() + i * order + r);
+  for (int64_t i = 0; i < r; ++i) std::copy_n(step.full.data() + i * r, r, gram.data() + i * order + r);
   return gram;
 }
 
@@ -104,7 +103,8 @@ void copy_rows(const MatrixView& from, const MatrixView& to, int64_t begin, int6
   }
 }
 
-// Coefficients of the update of all rows, or an outcome that says why there are none. Only sums, rank and storage count.
+// Coefficients of the update of all rows, or an outcome that says why there are none. Only sums, rank and storage
+// count.
 bool solve(const MatrixView& factor, const Blocks& point, const Blocks& step, std::vector<double>& coefficients,
            Outcome* outcome) {
   RetractJob job = {factor, factor, 1.0};
@@ -157,11 +157,11 @@ std::vector<double> gradient_norms(const Pool& pool, const std::vector<GradientJ
   run_queue(pool, static_cast<int64_t>(pieces.size()), [&](int64_t t) {
     of_piece[t] = kernels().largest_magnitude(matrices[pieces[t].index], pieces[t].begin, pieces[t].end);
   });
-  for (size_t t = 0; t < pieces.size(); ++t)
-    largest[pieces[t].index] = std::max(largest[pieces[t].index], of_piece[t]);
+  for (size_t t = 0; t < pieces.size(); ++t) largest[pieces[t].index] = std::max(largest[pieces[t].index], of_piece[t]);
   for (size_t i = 0; i < jobs.size(); ++i) {
     // above the norm, and no further reading of the gradient: at most sqrt(n r) times the largest value
-    const double bound = largest[i] * std::sqrt(static_cast<double>(matrices[i].n) * static_cast<double>(matrices[i].r));
+    const double bound =
+        largest[i] * std::sqrt(static_cast<double>(matrices[i].n) * static_cast<double>(matrices[i].r));
     norms.push_back(std::isfinite(largest[i]) ? std::min(bound, 1e30) : std::numeric_limits<double>::quiet_NaN());
   }
   return norms;

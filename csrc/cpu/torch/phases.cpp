@@ -24,8 +24,8 @@ ScalarType arithmetic_of(const std::vector<Tensor>& factors) {
 }
 
 // As many of each, and each like the factor of its place.
-std::vector<MatrixView> rows_of(const char* op, const char* name, const std::vector<Tensor>& tensors,
-                                const char* first, const std::vector<Tensor>& factors) {
+std::vector<MatrixView> rows_of(const char* op, const char* name, const std::vector<Tensor>& tensors, const char* first,
+                                const std::vector<Tensor>& factors) {
   check_counts({op, name}, tensors.size(), first, factors.size());
   std::vector<MatrixView> views;
   for (size_t i = 0; i < tensors.size(); ++i) {
@@ -62,10 +62,10 @@ std::vector<Blocks> blocks_of(const Tensor& flat, const Argument& a, const std::
                               ScalarType dtype, bool norms) {
   int64_t wanted = 0;
   for (const MatrixView& m : factors) wanted += words_of(m.r, norms);
-  STD_TORCH_CHECK(flat.is_cpu() && flat.dim() == 1 && flat.size(0) == wanted && flat.is_contiguous() &&
-                      flat.scalar_type() == dtype,
-                  a, "found ", shape_of(flat), ", ", dtype_of(flat), ", wanted (", wanted, ",), ",
-                  dtype == ScalarType::Double ? "float64" : "float32", ", contiguous, on the CPU.");
+  STD_TORCH_CHECK(
+      flat.is_cpu() && flat.dim() == 1 && flat.size(0) == wanted && flat.is_contiguous() && flat.scalar_type() == dtype,
+      a, "found ", shape_of(flat), ", ", dtype_of(flat), ", wanted (", wanted, ",), ",
+      dtype == ScalarType::Double ? "float64" : "float32", ", contiguous, on the CPU.");
   check_in_memory(flat, a);
   std::vector<Blocks> blocks(factors.size());
   const auto read = [&](const auto* in) {

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -20,18 +20,13 @@ import triton
 from ...operators import planned
 from ...operators.signatures import Signature
 from .device import target_backend
-
-if TYPE_CHECKING:
-    from .plan import Launch, Plan
+from .recorded import ARGUMENT, Launch, Plan
 
 # By Triton's types: how PTX declares a parameter of the type, and how its bytes are packed. Pointers are *.
 _FORMATS = {"i1": ("8", "<b"), "i8": ("8", "<b"), "i16": ("16", "<h"), "i32": ("32", "<i"), "i64": ("64", "<q")}
 _FORMATS |= {"u1": ("8", "<B"), "u8": ("8", "<B"), "u16": ("16", "<H"), "u32": ("32", "<I"), "u64": ("64", "<Q")}
 _FORMATS |= {"fp32": ("32", "<f"), "fp64": ("64", "<d"), "*": ("64", "<Q")}
 _MOST_SCRATCH = 2  # parameters that Triton adds for scratch of its own, which no kernel of ours asks for
-
-# Where an address comes from: an argument, a result, the scratch.
-ARGUMENT, RESULT, SCRATCH = 0, 1, 2
 
 last = threading.local()  # the plan that a thread's last call went by
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -25,36 +25,12 @@ from ...operators.memory import extent
 from ...operators.signatures import Signature
 from . import native
 from .device import capturing, target_backend
-from .native import ARGUMENT, RESULT, SCRATCH
+from .recorded import ARGUMENT, RESULT, SCRATCH, Launch, Plan
 
 _MOST = 4096  # plans of an operator: a batch of another length is another kind
 _ALIGNMENT = 256  # of scratch, bytes: as torch's own on a GPU, at least
 
 _state = threading.local()
-
-
-@dataclass(slots=True)
-class Launch:
-    """A compiled kernel, its grid, and the values of all arguments, with ``places`` for addresses."""
-
-    compiled: Any
-    run: Callable[..., None]
-    grid: tuple[int, int, int]
-    function: object
-    metadata: object
-    values: list[Any]
-    places: list[tuple[int, int, int]]  # position, where from, which or how far in
-
-
-@dataclass(slots=True)
-class Plan:
-    launches: list[Launch]
-    results: list[tuple[torch.Size, tuple[int, ...], torch.dtype]]  # shape, strides
-    scratch: int  # bytes
-    single: bool  # whether the operator returns a tensor or several
-    extents: list[int]  # bytes from the first to past the last of each tensor argument
-    device: torch.device
-    handed: list[Any] | None = None  # its launches as the native module takes them, none where it cannot
 
 
 class _Recorder:

@@ -39,9 +39,7 @@ int64_t adamw_steps_bytes(const AdamwJob& job) {
   return steps_layout(job).size() * (job.factor.storage == Storage::float64 ? 8 : 4);
 }
 
-bool adamw_steps_by_rows(const AdamwJob& job) {
-  return job.factor.storage != Storage::float64 && adamw_by_rows(job);
-}
+bool adamw_steps_by_rows(const AdamwJob& job) { return job.factor.storage != Storage::float64 && adamw_by_rows(job); }
 
 // -(gradient^T Y) from coupling = Y^T gradient: gradient_j - sum_i Y_i (gradient^T Y)[i, j] is what is wanted.
 const double* negative_of(const double* coupling, int64_t r) {

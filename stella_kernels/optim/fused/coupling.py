@@ -10,9 +10,9 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..nn import StiefelFactor
-from ..reference.autocast import outside_autocast, without_autocast
-from . import targets
+from ...nn import StiefelFactor
+from ...reference.autocast import outside_autocast, without_autocast
+from .. import targets
 
 # ‖K − ∇ᵀY‖ allowed, relative to ‖∇‖. An adapter computed in bfloat16 rounds P and Q, hence ∇ and ∂S, by 2⁻⁹ relative,
 # and TF32 by 2⁻¹¹: five times the larger. What is added to a gradient and changes K by less, changes the step by less.

@@ -1,0 +1,1 @@
+"""What a fused AdamW step consists of."""
