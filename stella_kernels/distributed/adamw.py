@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import NonFiniteError
 from ..nn import StiefelFactor
 from ..operators.status import STATUS_OK
 from ..reference import stiefel
 from .reduction import Call, calls_of, summed
 from .retraction import info_of, polish
 from .rows import Rows, is_sharded
-from .verdict import Verdict, verdict
+from .verdict import Verdict, refuse_values, verdict
 
 _kernels = torch.ops.stella_kernels
 
@@ -51,7 +50,7 @@ def begin(factors: Sequence[Rows], squares: bool, watched: Sequence[Tensor] = ()
     grads: list[Any] = [each.factor.parameter.grad for each in rows]
     gradients = [each.of(grad) for each, grad in zip(rows, grads, strict=True)]
     held = [each.of(each.factor.parameter.detach()) for each in rows]  # type: ignore[arg-type]
-    flats = [_kernels.gradient_gram(*_chosen(call, gradients, held)) for call in calls]
+    flats = [_kernels.gradient_gram(*call.chosen(gradients, held)) for call in calls]
     # one word each: 0, or NaN where an element of this process's part is not finite
     local = [(t.to_local() if hasattr(t, "to_local") else t).float() for t in watched]
     sums, more = summed(calls, flats, [(t * 0.0).sum() for t in local])
@@ -70,14 +69,14 @@ def finish(begun: Begun, states: Sequence[dict[str, Any]], settings: Sequence[Se
     seconds = [each.of(state["exp_avg_sq"]) for each, state in zip(begun.rows, states, strict=True)]
     flats, steps = [], []
     for call, sums in zip(begun.calls, begun.sums, strict=True):
-        hyperparameters = torch.tensor([settings[i] for i in call.places], dtype=torch.float64, device="cpu")
-        lists = _chosen(call, begun.held, begun.gradients, firsts, seconds)
+        hyperparameters = torch.tensor(call.chosen(settings)[0], dtype=torch.float64, device="cpu")
+        lists = call.chosen(begun.held, begun.gradients, firsts, seconds)
         grams, step = _kernels.adamw_gram_(*lists, sums, hyperparameters)
         flats.append(grams)
         steps.append(step)
     reduced, _ = summed(begun.calls, flats)
     infos = [
-        _kernels.adamw_rows_(*_chosen(call, begun.held), step, sums, grams)
+        _kernels.adamw_rows_(*call.chosen(begun.held), step, sums, grams)
         for call, step, sums, grams in zip(begun.calls, steps, begun.sums, reduced, strict=True)
     ]
     info = polish(begun.rows, begun.held, info_of(begun.calls, infos))
@@ -88,10 +87,6 @@ def finish(begun: Begun, states: Sequence[dict[str, Any]], settings: Sequence[Se
             if not each.holds(state[key]):
                 state[key] = each.wrapped(rows, parameter)  # loaded as another placement: by rows from now on
     return info
-
-
-def _chosen(call: Call, *lists: Sequence[Tensor]) -> list[list[Tensor]]:
-    return [[tensors[i] for i in call.places] for tensors in lists]
 
 
 class ShardedSlot:
@@ -118,16 +113,19 @@ class ShardedAdamW:
         self.active: list[ShardedSlot] = []
         self._begun: Begun | None = None
 
-    def begin(self, free: Sequence[Tensor]) -> list[str]:
+    def begin(self, free: Sequence[Tensor], state: dict[Any, Any]) -> list[str]:
         """The first sums; names of what has a gradient that is not finite, ``free`` parameters among them.
 
         Raises:
             NonFiniteError: a factor holds NaN or an infinity.
+            ValueError: a moment is not sharded as its factor is.
         """
         self.active = [slot for slot in self.slots if slot.parameter.grad is not None]
         self._begun = None
         if not self.active:
             return []
+        for slot in self.active:
+            check_state(slot.rows, state.get(slot.parameter) or {})
         cores = {
             id(slot.factor.core): slot.factor.name for slot in reversed(self.slots) if slot.factor.core is not None
         }
@@ -178,13 +176,18 @@ class ShardedAdamW:
         return info
 
 
-def refuse_values(names: Sequence[str]) -> NoReturn:
-    """Raise ``NonFiniteError`` for factors whose value is not finite, on every process."""
-    raise NonFiniteError(
-        f"the value of {', '.join(names)} holds NaN or an infinity on some process, found as optimizer.step() began, "
-        "and no other batch helps. Nothing was changed by this step; load a sound checkpoint.",
-        names,
-    )
+def check_state(rows: Rows, state: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for moments that are not over all processes, or of another shape or dtype."""
+    p = rows.factor.parameter
+    for key in ("exp_avg", "exp_avg_sq"):
+        moment = state.get(key)
+        if moment is not None and (not is_sharded(moment) or (moment.shape, moment.dtype) != (p.shape, p.dtype)):
+            raise ValueError(
+                f"{rows.name}: found a moment {key} of {tuple(moment.shape)}, {moment.dtype}, a "
+                f"{type(moment).__name__}, beside a sharded factor of {tuple(p.shape)}, {p.dtype}, wanted a DTensor "
+                "like it: load the optimizer's state by "
+                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict."
+            )
 
 
 def fresh_state(rows: Rows) -> dict[str, Any]:

@@ -68,8 +68,7 @@ class ShardedFactors:
             return
         self._snapshots = [torch.empty_like(held) for held in begun.held]
         for call, sums in zip(begun.calls, begun.sums, strict=True):
-            lists = [[t[i] for i in call.places] for t in (begun.gradients, begun.held, self._snapshots)]
-            _kernels.riemannian_gradient_rows_(*lists, sums)
+            _kernels.riemannian_gradient_rows_(*call.chosen(begun.gradients, begun.held, self._snapshots), sums)
         for rows, gradient in zip(begun.rows, begun.gradients, strict=True):
             grad: Any = rows.factor.parameter.grad
             rows.put(gradient, grad)
@@ -83,7 +82,7 @@ class ShardedFactors:
         own = []
         for call in begun.calls:
             divisors = [self._divisors[self._taken[i]] for i in call.places]
-            own.append(([moved[i] for i in call.places], [self._snapshots[i] for i in call.places], divisors))
+            own.append((*call.chosen(moved, self._snapshots), divisors))
         grams, _ = summed(begun.calls, [_kernels.retract_gram(*given) for given in own])
         infos = [
             _kernels.retract_rows_(*given, sums, gram) for given, sums, gram in zip(own, begun.sums, grams, strict=True)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ..nn import StiefelFactor
-from ..operators.status import STATUS_OK, grams_words
+from ..operators.status import STATUS_OK
 from .reduction import calls_of, summed
-from .retraction import info_of, polish
+from .retraction import polish, retract_held
 from .rows import Rows
 from .verdict import verdict
 
@@ -23,8 +23,7 @@ def distances(factors: Sequence[StiefelFactor]) -> list[float]:
     rows = [Rows(factor) for factor in factors]
     calls = calls_of(rows)
     held = [_held(each) for each in rows]
-    flats = [_kernels.gradient_gram([held[i] for i in c.places], [held[i] for i in c.places]) for c in calls]
-    sums, _ = summed(calls, flats)
+    sums, _ = summed(calls, [_kernels.gradient_gram(*call.chosen(held, held)) for call in calls])
     return verdict(calls, sums, False).drifts
 
 
@@ -35,15 +34,8 @@ def retract(factors: Sequence[StiefelFactor]) -> list[str]:
     To be called by every process. Where one has none, nothing is changed.
     """
     rows = [Rows(factor) for factor in factors]
-    calls = calls_of(rows)
     held = [_held(each).clone() for each in rows]
-    own = [[held[i] for i in call.places] for call in calls]
-    sums, _ = summed(calls, [_kernels.gradient_gram(tensors, tensors) for tensors in own])
-    infos = []
-    for call, tensors, flat in zip(calls, own, sums, strict=True):
-        grams = flat.new_zeros(sum(grams_words(each.r) for each in call.rows))
-        infos.append(_kernels.retract_rows_(tensors, [t.clone() for t in tensors], [1.0] * len(tensors), flat, grams))
-    info = polish(rows, held, info_of(calls, infos))
+    info = polish(rows, held, retract_held(rows, held))
     if bad := [each.name for each, found in zip(rows, info.tolist(), strict=True) if found[0] != STATUS_OK]:
         return bad
     for each, tensor in zip(rows, held, strict=True):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from .rows import Rows
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,10 @@ class Call:
 
     places: list[int]  # in the list that was given
     rows: list[Rows]
+
+    def chosen(self, *lists: Sequence[T]) -> list[list[T]]:
+        """Of lists over all factors the parts that are this call's."""
+        return [[each[i] for i in self.places] for each in lists]
 
 
 def calls_of(rows: Sequence[Rows]) -> list[Call]:

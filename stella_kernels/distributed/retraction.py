@@ -40,19 +40,22 @@ def polish(rows: Sequence[Rows], held: Sequence[Tensor], info: Tensor) -> Tensor
         far = [i for i, found in enumerate(info.tolist()) if found[0] == STATUS_OK and not _good(rows[i], found)]
         if not far:
             return info
-        calls = calls_of([rows[i] for i in far])
-        own = [[held[far[i]] for i in call.places] for call in calls]
-        flats = [_kernels.gradient_gram(tensors, tensors) for tensors in own]
-        sums, _ = summed(calls, flats)
-        infos = []
-        for call, tensors, flat in zip(calls, own, sums, strict=True):
-            grams = flat.new_zeros(sum(grams_words(each.r) for each in call.rows))
-            previous = [t.clone() for t in tensors]
-            infos.append(_kernels.retract_rows_(tensors, previous, [1.0] * len(tensors), flat, grams))
-        again = info_of(calls, infos)
+        again = retract_held([rows[i] for i in far], [held[i] for i in far])
         again[:, DRIFT] = info[far, DRIFT]
         info[far] = again
     return info
+
+
+def retract_held(rows: Sequence[Rows], held: Sequence[Tensor]) -> Tensor:
+    """Replace ``held``, rows of each factor (n_i, r), by those of its orthogonal polar factor; info, a row for each."""
+    calls = calls_of(rows)
+    own = [call.chosen(held)[0] for call in calls]
+    sums, _ = summed(calls, [_kernels.gradient_gram(tensors, tensors) for tensors in own])
+    infos = []
+    for call, tensors, flat in zip(calls, own, sums, strict=True):
+        grams = flat.new_zeros(sum(grams_words(each.r) for each in call.rows))  # of no step
+        infos.append(_kernels.retract_rows_(tensors, [t.clone() for t in tensors], [1.0] * len(tensors), flat, grams))
+    return info_of(calls, infos)
 
 
 def _good(rows: Rows, found: Sequence[float]) -> bool:

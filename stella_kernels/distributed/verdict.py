@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from ..checks import NonFiniteError
 from ..operators.status import sums_words
 from .reduction import Call
 
@@ -29,6 +31,15 @@ class Verdict:
     values: list[int] = field(default_factory=list)
     gradients: list[int] = field(default_factory=list)
     large: list[int] = field(default_factory=list)
+
+
+def refuse_values(names: Sequence[str]) -> NoReturn:
+    """Raise ``NonFiniteError`` for factors whose value is not finite, on every process."""
+    raise NonFiniteError(
+        f"the value of {', '.join(names)} holds NaN or an infinity on some process, found as optimizer.step() began, "
+        "and no other batch helps. Nothing was changed by this step; load a sound checkpoint.",
+        names,
+    )
 
 
 def verdict(calls: Sequence[Call], sums: Sequence[Tensor], squares: bool) -> Verdict:

@@ -294,6 +294,11 @@ def _adamw_rows_(a: signatures.AdamWRows) -> None:
     _check_lists(a.name, "factors", a.factors, "some")
     _check_flat(a.name, "sums", a.sums, a.factors, sums_words)
     _check_flat(a.name, "grams", a.grams, a.factors, grams_words)
+    steps = a.steps
+    alike = (steps.dtype, steps.device) == (a.sums.dtype, a.sums.device)
+    if steps.dim() != 1 or not steps.is_contiguous() or not alike:
+        found = _described(steps)
+        raise RuntimeError(f"{a.name}: steps: found {found}, wanted what adamw_gram_ returned beside these sums.")
 
 
 # ---- the adapter -----------------------------------------------------------------------------------------------------

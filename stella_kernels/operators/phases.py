@@ -106,6 +106,10 @@ def adamw_gram_(a: signatures.AdamWGram) -> tuple[Tensor, Tensor]:
 
 def adamw_rows_(a: signatures.AdamWRows) -> Tensor:
     rows, begin = [], 0
+    if a.steps.numel() != (wanted := sum(factor.numel() for factor in a.factors)):
+        raise RuntimeError(
+            f"{a.name}: steps: found {a.steps.numel()} elements, wanted {wanted}, as adamw_gram_ gave them."
+        )
     given = zip(split(a.sums, a.factors, sums_words), split(a.grams, a.factors, grams_words), strict=True)
     for factor, (sums, grams) in zip(a.factors, given, strict=True):
         Y = factor.to(arithmetic_dtype(factor.dtype))
@@ -118,14 +122,16 @@ def adamw_rows_(a: signatures.AdamWRows) -> Tensor:
 def _retract(into: Tensor, Y: Tensor, delta: Tensor, sums: Tensor, grams: Tensor) -> list[float]:
     """Put these rows of uf(Y + Δ') in place; a row of info, the same on every process."""
     r = Y.shape[1]
+    if r == 0:
+        return [STATUS_OK, 0.0, 0.0, PATH_FLOAT64_GRAM, 0.0]
     _, C = _blocks(sums, into)
     A, D = _blocks(grams, into)
     drift = float(torch.linalg.matrix_norm(C.double() - torch.eye(r, dtype=torch.float64, device=C.device)))
     solution = sharded.solve(C, A, D)
-    # the round-off of the sums, relative to G's condition and to what cancelled in it, of the product, and of its
-    # coefficients (csrc/cpu/stiefel/residual.h); where that is more than G's least eigenvalue it has no root
-    root = math.sqrt(r)
-    error = torch.finfo(Y.dtype).eps * root * (2 + 1.25 * root + 8 * solution.condition * max(1.0, solution.growth))
+    # the round-off of the sums, relative to G's condition and to what cancelled in it (and ‖Y‖₂² ≤ 1 + drift), of the
+    # product, and of its coefficients (csrc/cpu/stiefel/residual.h); more than G's least eigenvalue, and it has no root
+    root, growth = math.sqrt(r), max(1.0, solution.growth) * math.sqrt(1.0 + drift)
+    error = torch.finfo(Y.dtype).eps * root * (2 + 1.25 * root + 8 * solution.condition * growth)
     if not error <= 0.25:
         return [STATUS_NOT_CONVERGED, math.nan, 0.0, PATH_FLOAT64_GRAM, drift]
     left, right = solution.left.to(Y.dtype), solution.right.to(Y.dtype)

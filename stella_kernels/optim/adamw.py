@@ -274,9 +274,9 @@ class StellaAdamW(AdamW):
     def _begin_sharded(self, free: list[list[Tensor]]) -> list[str]:
         """The sums of sharded factors, of which nothing is written yet; names of gradients that are not finite."""
         watched = [p for parameters in free for p in parameters]
-        causes = self._sharded.begin(watched)
+        causes = self._sharded.begin(watched, self.state)
         if self._guard.judge(self._sharded.factors, self._sharded.drifts, "Nothing was changed by this step"):
-            causes = self._sharded.begin(watched)  # from where they were brought back to
+            causes = self._sharded.begin(watched, self.state)  # from where they were brought back to
         return causes
 
     def _finish_sharded(self, active: list[Slot]) -> None:

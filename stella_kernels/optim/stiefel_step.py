@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..checks import NonFiniteError
-from ..distributed.adamw import refuse_values
 from ..distributed.attachment import ShardedFactors
 from ..distributed.rows import is_sharded
+from ..distributed.verdict import refuse_values
 from ..nn import StiefelFactor
 from ..nn.factors import tolerance_of
 from ..operators.status import DRIFT, STATUS_NON_FINITE, STATUS_OK, STATUS_OVERFLOW

@@ -195,6 +195,26 @@ def test_several_factors_of_several_ranks_are_one_after_another() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_point_far_off_the_manifold_is_not_called_good(backend: str) -> None:
+    """Y is so long that what is taken from it leaves only round-off: the residual says so, or nothing is written."""
+    operators = BACKENDS[backend]
+    Y = 1e4 * orthonormal(400, 4, dtype=torch.float32)
+    moved = Y + torch.randn(400, 4)
+    sums, grams = operators["gradient_gram"]([Y], [Y]), operators["retract_gram"]([moved], [Y], [1.0])
+    info = operators["retract_rows_"]([moved], [Y], [1.0], sums, grams)
+    error = float((moved.double().mT @ moved.double() - torch.eye(4)).norm())
+    assert info[0, 0] == STATUS_NOT_CONVERGED or error <= info[0, RESIDUAL]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_columns(backend: str) -> None:
+    operators = BACKENDS[backend]
+    Y = torch.empty(7, 0)
+    sums, grams = operators["gradient_gram"]([Y], [Y]), operators["retract_gram"]([Y.clone()], [Y], [1.0])
+    assert operators["retract_rows_"]([Y.clone()], [Y], [1.0], sums, grams)[0, 0] == STATUS_OK
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_refusals(backend: str) -> None:
     operators = BACKENDS[backend]
     Y, G = torch.randn(9, 2), torch.randn(9, 2)
@@ -209,6 +229,10 @@ def test_refusals(backend: str) -> None:
         operators["retract_rows_"]([G], [Y], [1.0], sums, sums)
     with pytest.raises(RuntimeError, match=r"adamw_gram_: hyperparameters"):
         operators["adamw_gram_"]([Y], [G], [G.clone()], [G.clone()], sums, torch.zeros(1, 6, dtype=torch.float64))
+    grams = operators["retract_gram"]([G], [Y], [1.0])
+    for steps in (torch.zeros(5), torch.zeros(18, dtype=torch.float64), torch.zeros(9, 2)):
+        with pytest.raises(RuntimeError, match=r"adamw_rows_: steps: found"):
+            operators["adamw_rows_"]([Y], steps, sums, grams)
     with pytest.raises(RuntimeError, match=r"memory"):
         operators["riemannian_gradient_rows_"]([Y], [Y], [], sums)
 

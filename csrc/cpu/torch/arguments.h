@@ -116,6 +116,24 @@ inline void check_alike(const Tensor& t, const Argument& a, const Tensor& first,
                   "found ", shape_of(t), ", wanted ", shape_of(first), ", the same shape as ", called(b), ".");
 }
 
+// Rows of an AdamW step's settings: learning rate, beta1, beta2, epsilon, step, divisor, sign.
+constexpr int64_t kHyperparameters = 7;
+
+inline const double* hyperparameters_of(const Tensor& settings, const Argument& a, size_t count) {
+  STD_TORCH_CHECK(settings.is_cpu() && settings.dim() == 2 && settings.size(0) == static_cast<int64_t>(count) &&
+                      settings.size(1) == kHyperparameters && settings.is_contiguous() &&
+                      settings.scalar_type() == ScalarType::Double,
+                  a, "found ", shape_of(settings), ", ", dtype_of(settings),
+                  ", wanted a contiguous float64 tensor on the CPU of shape (", count, ", ", kHyperparameters,
+                  "): learning rate, beta1, beta2, epsilon, step, divisor, sign.");
+  return static_cast<const double*>(settings.const_data_ptr());
+}
+
+inline void check_step(const double* row, const Argument& a) {
+  STD_TORCH_CHECK(row[5] > 0 && row[4] >= 1, a, "found divisor ", row[5], " and step ", row[4],
+                  ", wanted a positive divisor, and steps from 1 on.");
+}
+
 // Memory that arguments lie in, to be checked together before the first is written.
 class Memory {
  public:

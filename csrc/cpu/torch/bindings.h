@@ -44,6 +44,22 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
+// What an operator over lists returns: a row for each factor.
+inline Tensor info_of(const std::vector<Outcome>& outcomes) {
+  constexpr int64_t kColumns = 5;
+  Tensor info = torch::stable::empty({static_cast<int64_t>(outcomes.size()), kColumns}, ScalarType::Double);
+  double* row = static_cast<double*>(info.mutable_data_ptr());
+  for (const Outcome& o : outcomes) {
+    row[0] = static_cast<double>(o.status);
+    row[1] = o.residual;
+    row[2] = o.iterations;
+    row[3] = static_cast<double>(o.path);
+    row[4] = o.drift;
+    row += kColumns;
+  }
+  return info;
+}
+
 // Results of this size or more are written past the cache.
 #ifdef __SANITIZE_ADDRESS__
 constexpr int64_t kStreamedBytes = 4 << 10;  // the small cases of tests/sanitize take that path too

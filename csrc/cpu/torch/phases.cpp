@@ -83,17 +83,6 @@ std::vector<Blocks> blocks_of(const Tensor& flat, const Argument& a, const std::
   return blocks;
 }
 
-Tensor info_of(const std::vector<stella::Outcome>& outcomes) {
-  Tensor info = torch::stable::empty({static_cast<int64_t>(outcomes.size()), 5}, ScalarType::Double);
-  double* row = static_cast<double*>(info.mutable_data_ptr());
-  for (const stella::Outcome& o : outcomes) {
-    const double values[5] = {static_cast<double>(o.status), o.residual, static_cast<double>(o.iterations),
-                              static_cast<double>(o.path), o.drift};
-    row = std::copy_n(values, 5, row);
-  }
-  return info;
-}
-
 std::vector<stella::GradientJob> gradient_jobs(const std::vector<MatrixView>& gradients,
                                                const std::vector<MatrixView>& factors) {
   std::vector<stella::GradientJob> jobs;
@@ -170,28 +159,19 @@ Tensor retract_rows_(const signatures::RetractRows& a) {
 }
 
 std::tuple<Tensor, Tensor> adamw_gram_(const signatures::AdamWGram& a) {
-  constexpr int64_t kColumns = 7;
   const size_t count = a.factors.size();
   const auto factors = rows_of(a.op, "factors", a.factors, "factors", a.factors);
   const auto gradients = rows_of(a.op, "gradients", a.gradients, "factors", a.factors);
   const auto firsts = rows_of(a.op, "exp_avgs", a.exp_avgs, "factors", a.factors);
   const auto seconds = rows_of(a.op, "exp_avg_sqs", a.exp_avg_sqs, "factors", a.factors);
-  const Tensor& settings = a.hyperparameters;
-  STD_TORCH_CHECK(settings.is_cpu() && settings.dim() == 2 && settings.size(0) == static_cast<int64_t>(count) &&
-                      settings.size(1) == kColumns && settings.is_contiguous() &&
-                      settings.scalar_type() == ScalarType::Double,
-                  Argument{a.op, "hyperparameters"}, "found ", shape_of(settings), ", ", dtype_of(settings),
-                  ", wanted a contiguous float64 tensor on the CPU of shape (", count, ", ", kColumns,
-                  "): learning rate, beta1, beta2, epsilon, step, divisor, sign.");
-  const double* h = static_cast<const double*>(settings.const_data_ptr());
+  const double* h = hyperparameters_of(a.hyperparameters, {a.op, "hyperparameters"}, count);
   Memory memory;
   std::vector<stella::AdamwJob> jobs;
   std::vector<int64_t> sizes;
   int64_t bytes = 0;
-  for (size_t i = 0; i < count; ++i, h += kColumns) {
+  for (size_t i = 0; i < count; ++i, h += kHyperparameters) {
     const int64_t at = static_cast<int64_t>(i);
-    STD_TORCH_CHECK(h[5] > 0 && h[4] >= 1, Argument{a.op, "hyperparameters", at}, "found divisor ", h[5], " and step ",
-                    h[4], ", wanted a positive divisor, and steps from 1 on.");
+    check_step(h, {a.op, "hyperparameters", at});
     jobs.push_back({factors[i], gradients[i], firsts[i], seconds[i], h[0], h[1], h[2], h[3], 1.0 - std::pow(h[1], h[4]),
                     1.0 - std::pow(h[2], h[4]), h[5], h[6], nullptr});
     memory.read(factors[i], {a.op, "factors", at});
@@ -218,6 +198,7 @@ Tensor adamw_rows_(const signatures::AdamWRows& a) {
   const auto factors = rows_of(a.op, "factors", a.factors, "factors", a.factors);
   const ScalarType dtype = arithmetic_of(a.factors);
   const Argument steps = {a.op, "steps"};
+  check_in_memory(a.steps, steps);
   Memory memory;
   std::vector<char*> places;
   char* place = static_cast<char*>(data_of(a.steps));

@@ -13,28 +13,11 @@ namespace {
 using namespace stella::bindings;
 namespace signatures = stella::signatures;
 
-constexpr int64_t kInfoColumns = 5;
-
 stella::Method method_of(const char* op, const std::string& name) {
   if (name == "auto") return stella::Method::automatic;
   if (name == "newton_schulz") return stella::Method::newton_schulz;
   if (name == "svd") return stella::Method::svd;
   STD_TORCH_CHECK(false, Argument{op, "method"}, "found '", name, "', wanted 'auto', 'newton_schulz' or 'svd'.");
-}
-
-Tensor info_of(const std::vector<stella::Outcome>& outcomes) {
-  const int64_t sizes[2] = {static_cast<int64_t>(outcomes.size()), kInfoColumns};
-  Tensor info = torch::stable::empty({sizes[0], sizes[1]}, ScalarType::Double);
-  double* row = static_cast<double*>(info.mutable_data_ptr());
-  for (const stella::Outcome& o : outcomes) {
-    row[0] = static_cast<double>(o.status);
-    row[1] = o.residual;
-    row[2] = o.iterations;
-    row[3] = static_cast<double>(o.path);
-    row[4] = o.drift;
-    row += kInfoColumns;
-  }
-  return info;
 }
 
 // An (r, r) tensor as float64, row-major.
@@ -157,25 +140,17 @@ Tensor project_retract_(const signatures::ProjectRetract& a) {
 }
 
 Tensor stella_adamw_(const signatures::StellaAdamWStep& a) {
-  constexpr int64_t kColumns = 7;
   const size_t count = a.factors.size();
   check_counts({a.op, "gradients"}, a.gradients.size(), "factors", count);
   check_counts({a.op, "exp_avgs"}, a.exp_avgs.size(), "factors", count);
   check_counts({a.op, "exp_avg_sqs"}, a.exp_avg_sqs.size(), "factors", count);
   check_counts({a.op, "couplings"}, a.couplings.size(), "factors", count);
-  const Tensor& settings = a.hyperparameters;
-  STD_TORCH_CHECK(settings.is_cpu() && settings.dim() == 2 && settings.size(0) == static_cast<int64_t>(count) &&
-                      settings.size(1) == kColumns && settings.is_contiguous() &&
-                      settings.scalar_type() == ScalarType::Double,
-                  Argument{a.op, "hyperparameters"}, "found ", shape_of(settings), ", ", dtype_of(settings),
-                  ", wanted a contiguous float64 tensor on the CPU of shape (", count, ", ", kColumns,
-                  "): learning rate, beta1, beta2, epsilon, step, divisor, sign.");
-  const double* h = static_cast<const double*>(settings.const_data_ptr());
+  const double* h = hyperparameters_of(a.hyperparameters, {a.op, "hyperparameters"}, count);
   Memory memory;
   std::vector<std::vector<double>> known(count);
   std::vector<stella::AdamwJob> jobs;
   jobs.reserve(count);
-  for (size_t i = 0; i < count; ++i, h += kColumns) {
+  for (size_t i = 0; i < count; ++i, h += kHyperparameters) {
     const int64_t at = static_cast<int64_t>(i);
     const Argument factor = {a.op, "factors", at}, gradient = {a.op, "gradients", at}, exp_avg = {a.op, "exp_avgs", at},
                    exp_avg_sq = {a.op, "exp_avg_sqs", at};
@@ -196,8 +171,7 @@ Tensor stella_adamw_(const signatures::StellaAdamWStep& a) {
                             h[5],
                             h[6],
                             nullptr};
-    STD_TORCH_CHECK(job.divisor > 0 && h[4] >= 1, Argument{a.op, "hyperparameters", at}, "found divisor ", h[5],
-                    " and step ", h[4], ", wanted a positive divisor, and steps from 1 on.");
+    check_step(h, {a.op, "hyperparameters", at});
     if (a.couplings[i].numel() > 0) {
       known[i] = square_of(a.couplings[i], {a.op, "couplings", at}, view.r);  // a copy, which nothing overwrites
       job.coupling = known[i].data();
