@@ -1,0 +1,364 @@
+"""The phases of a step on Triton's kernels in its interpreter, on rows that several processes would have.
+
+``python -m tests.triton_kernels.phase_cases``: a line of JSON for what was compared, its error and tolerance. A process
+of its own, since Triton decides when it is imported whether kernels are compiled or interpreted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from torch import Tensor
+
+from stella_kernels.operators import phases as reference
+from stella_kernels.operators import signatures
+from stella_kernels.operators.status import arithmetic_dtype, grams_words, sums_words
+from stella_kernels.reference import adamw, sharded, stiefel
+from stella_kernels.triton_kernels import registration
+from stella_kernels.triton_kernels.launch import configuration
+from stella_kernels.verification.case_data import relative, round_off, safety
+from tests.random_matrices import orthonormal
+from tests.triton_kernels import launches as triton_launches
+from tests.triton_kernels.cases import permute_programs, round_to_bfloat16
+
+Line = tuple[str, float, float]
+SETTINGS = [1e-2, 0.9, 0.99, 1e-8, 3.0, 1.5, 1.0]  # as of stella_adamw_
+NAMES = ("lr", "beta1", "beta2", "eps", "step", "divisor", "sign")
+
+
+@dataclass(frozen=True)
+class Factor:
+    """``rows[p]`` rows are process p's; stored by rows, by columns, or with gaps."""
+
+    r: int
+    rows: tuple[int, ...]
+    storage: str = "rows"
+
+    def parts(self, whole: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """Each process's rows, in memory of their own."""
+        return [self._stored(part.to(dtype)) for part in whole.split(self.rows)]
+
+    def _stored(self, part: Tensor) -> Tensor:
+        n, r = part.shape
+        if self.storage == "columns":
+            return part.mT.contiguous().mT
+        if self.storage == "gaps":
+            return part.new_full((2 * n, r + 1), math.nan)[::2, :r].copy_(part)
+        return part.clone()
+
+
+# Processes without rows, with fewer than columns, with several chunks of them; ranks that are and are not whole vectors.
+FEW = (Factor(5, (40, 3, 0)), Factor(16, (4, 50, 17), "columns"), Factor(3, (0, 1, 33), "gaps"))
+CASES = {
+    "float32": (torch.float32, FEW),
+    "float64": (torch.float64, FEW[:2]),
+    "bfloat16": (torch.bfloat16, FEW),
+    "float16": (torch.float16, FEW[1:]),
+    "slabs": (torch.float64, (Factor(37, (3, 60)), Factor(4, (9, 0)))),  # Gram blocks that take several programs
+}
+
+
+def small_tiles() -> None:
+    """Chunks of 32 rows, tiles of 16."""
+    defaults = configuration.tiles_for
+
+    def tiles(R: int, dtype: torch.dtype) -> configuration.Tiles:
+        part = min(R, 32)
+        return replace(
+            defaults(R, dtype), block=16, long_block=16, chunk=32, rows64=16, items=2, small=part, small64=part
+        )
+
+    configuration.tiles_for = tiles
+
+
+def run(name: str, processes: Sequence[Sequence[Any]]) -> list[Any]:
+    """A phase on every process."""
+    return [registration.operators()[name](*map(_copied, given)) for given in processes]
+
+
+def _copied(value: Any) -> Any:
+    return list(value) if isinstance(value, list) else value
+
+
+def by_process(factors: Sequence[Factor], wholes: Sequence[Tensor], dtype: torch.dtype) -> list[list[Tensor]]:
+    parts = [factor.parts(whole, dtype) for factor, whole in zip(factors, wholes, strict=True)]
+    return [list(each) for each in zip(*parts, strict=True)]
+
+
+def joined(processes: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Of each factor all rows, in float64."""
+    return [torch.cat(list(parts)).double() for parts in zip(*processes, strict=True)]
+
+
+def stored(factors: Sequence[Factor], dtype: torch.dtype, make: Callable[[int, int], Tensor]) -> list[Tensor]:
+    """Of each factor a matrix of all rows as the dtype holds it, in float64."""
+    return [make(sum(factor.rows), factor.r).to(dtype).double() for factor in factors]
+
+
+def gaussian(n: int, r: int) -> Tensor:
+    return torch.randn(n, r, dtype=torch.float64)
+
+
+def blocks(
+    name: str, flat: Tensor, words: Callable[[int], int], pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype
+) -> Iterator[Line]:
+    """That a buffer holds LᵀR and RᵀR (sums) or RᵀL and LᵀL (grams) of (L, R), within a product's round-off.
+
+    A sum of n terms in any order is off by n w of the sum of their absolute values, w the arithmetic's round-off, and
+    so is the product: 3 n w for products that are split into three.
+    """
+    _, w = round_off(dtype)
+    begin = 0
+    for left, right in pairs:
+        r = left.shape[1]
+        part = flat[begin : begin + words(r)].double()
+        begin += words(r)
+        full, symmetric = sharded.unpacked(part, r)
+        last = right if words is sums_words else left
+        for found, a, b in ((full, *((left, right) if words is sums_words else (right, left))), (symmetric, last, last)):
+            bound = (3 * (len(left) + 4) * w * (a.abs().mT @ b.abs())).clamp_min(1e-300)
+            yield f"{name} block", float(((found - a.mT @ b).abs() / bound).max()), 1.0
+        if words is sums_words:
+            # each process's norm is of its rows: their sum is above the whole one's, and below it by sqrt(3) at most
+            norm, whole = float(part[-1]), float(torch.linalg.vector_norm(left))
+            yield f"{name} norm, from below", (whole - norm) / whole, 4 * len(left) * w
+            yield f"{name} norm, from above", (norm - math.sqrt(3.0) * whole) / whole, 4 * len(left) * w
+    yield f"{name} length", float(begin != flat.numel()), 0.0
+
+
+def same_everywhere(name: str, infos: Sequence[Tensor]) -> Iterator[Line]:
+    """What processes decide by."""
+    yield f"{name} info differs", float(any(not infos[0].equal(info) for info in infos)), 0.0
+
+
+def retracted(name: str, found: Tensor, wanted: Tensor, info: Tensor, dtype: torch.dtype) -> Iterator[Line]:
+    """One factor: its value, and that its residual is bounded by what is reported, which is not wild.
+
+    The bound on Gram matrices of condition 16 or less is csrc/cpu/stiefel/residual.h's; storing with round-off u moves
+    QᵀQ by 2 u sqrt(r) and its square, and where float16 is subnormal by 2⁻²⁵ sqrt(n r) of 2²⁴ rows.
+    """
+    u, w = round_off(dtype)
+    r = found.shape[1]
+    yield f"{name} status", float(info[0]), 0.0
+    yield f"{name} value", relative(found, wanted), u + safety(dtype) * w * math.sqrt(r) * 16.0
+    measured = float(stiefel.orthonormality_error(found))
+    yield f"{name} residual above the reported", measured - float(info[1]), 1e-13 if dtype == torch.float64 else 0.0
+    least = 2.0**-12 if dtype == torch.float16 else 0.0
+    moved = (u + least / 2.0) * math.sqrt(r)
+    most = 2.1 * moved + moved**2 + w * math.sqrt(r) * (2 + 4 * math.sqrt(r) + 8 * 17)
+    yield f"{name} reported residual", float(info[1]), most
+
+
+def check_fused(dtype: torch.dtype, factors: Sequence[Factor]) -> Iterator[Line]:
+    """gradient_gram, adamw_gram_, adamw_rows_."""
+    u, w = round_off(dtype)
+    wide = arithmetic_dtype(dtype)
+    Y = stored(factors, dtype, orthonormal)
+    G, m = stored(factors, dtype, gaussian), stored(factors, dtype, gaussian)
+    v = stored(factors, dtype, lambda n, r: torch.rand(n, r, dtype=torch.float64) + 0.5)
+    held, gradients, firsts, seconds = (by_process(factors, whole, dtype) for whole in (Y, G, m, v))
+    flats = run("gradient_gram", list(zip(gradients, held, strict=True)))
+    sums = torch.stack(flats).sum(0)
+    yield "sums dtype", float(sums.dtype != wide), 0.0
+    yield from blocks("sums", sums, sums_words, list(zip(G, Y, strict=True)), dtype)
+    rows = torch.tensor([SETTINGS] * len(factors), dtype=torch.float64)
+    lists = zip(held, gradients, firsts, seconds, strict=True)
+    grams_of, steps = zip(*run("adamw_gram_", [(*given, sums, rows) for given in lists]), strict=True)
+    grams = torch.stack(grams_of).sum(0)
+    settings = dict(zip(NAMES, SETTINGS, strict=True))
+    moves = [adamw.adamw_move(*each, **settings) for each in zip(Y, G, m, v, strict=True)]
+    steps_of = [
+        step.split([Z.numel() for Z in own]) for step, own in zip(steps, held, strict=True)
+    ]  # by rows, one factor after another
+    delta = [
+        torch.cat([part.view(-1, factor.r) for part in parts]).double()
+        for factor, parts in zip(factors, zip(*steps_of, strict=True), strict=True)
+    ]
+    for i, (D, first, second) in enumerate(moves):
+        # g is ∇ − Y K, of sums of some r products; m and v are stored, the step is not
+        own = safety(dtype) * w * math.sqrt(factors[i].r)
+        yield "step", relative(delta[i], D), own
+        yield "first moment", relative(joined(firsts)[i], first), u + own
+        yield "second moment", relative(joined(seconds)[i], second), u + own
+    yield from blocks("grams", grams, grams_words, list(zip(delta, Y, strict=True)), dtype)
+    infos = run("adamw_rows_", [(own, step, sums, grams) for own, step in zip(held, steps, strict=True)])
+    yield from same_everywhere("adamw_rows_", infos)
+    for i, found in enumerate(joined(held)):
+        wanted = stiefel.polar_retraction(Y[i], stiefel.tangent_projection(Y[i], moves[i][0]))
+        yield from retracted("adamw_rows_", found, wanted, infos[0][i], dtype)
+
+
+def check_separate(dtype: torch.dtype, factors: Sequence[Factor]) -> Iterator[Line]:
+    """gradient_gram, riemannian_gradient_rows_, retract_gram, retract_rows_."""
+    u, w = round_off(dtype)
+    Y = stored(factors, dtype, orthonormal)
+    G = stored(factors, dtype, gaussian)
+    Z = [(each + 0.1 * gaussian(*each.shape)).to(dtype).double() for each in Y]
+    held, gradients, moved = (by_process(factors, whole, dtype) for whole in (Y, G, Z))
+    snapshots = by_process(factors, [torch.zeros_like(each) for each in Y], dtype)
+    sums = torch.stack(run("gradient_gram", list(zip(gradients, held, strict=True)))).sum(0)
+    run("riemannian_gradient_rows_", [(*each, sums) for each in zip(gradients, held, snapshots, strict=True)])
+    for i, (found, kept) in enumerate(zip(joined(gradients), joined(snapshots), strict=True)):
+        tolerance = u + safety(dtype) * w * math.sqrt(factors[i].r)
+        yield "gradient", relative(found, stiefel.riemannian_gradient(Y[i], G[i])), tolerance
+        yield "snapshot", float(not kept.equal(Y[i])), 0.0
+    divisors = [2.0] * len(factors)
+    grams = torch.stack(run("retract_gram", [(*each, divisors) for each in zip(moved, held, strict=True)])).sum(0)
+    delta = [(new - old) / 2.0 for new, old in zip(Z, Y, strict=True)]
+    yield from blocks("grams", grams, grams_words, list(zip(delta, Y, strict=True)), dtype)
+    infos = run("retract_rows_", [(*each, divisors, sums, grams) for each in zip(moved, held, strict=True)])
+    yield from same_everywhere("retract_rows_", infos)
+    for i, found in enumerate(joined(moved)):
+        yield from retracted("retract_rows_", found, stiefel.project_retract(Y[i], Z[i], 2.0), infos[0][i], dtype)
+        drift = float(stiefel.orthonormality_error(Y[i]))
+        yield "drift", abs(float(infos[0][i, 4]) - drift), w * (len(Y[i]) + 8.0) * factors[i].r
+
+
+def retract(dtype: torch.dtype, processes: list[list[Tensor]], previous: list[list[Tensor]]) -> list[Tensor]:
+    """retract_gram and retract_rows_ from ``previous``, with its sums."""
+    ones = [1.0] * len(previous[0])
+    sums = torch.stack(run("gradient_gram", [(each, each) for each in previous])).sum(0)
+    grams = torch.stack(run("retract_gram", [(*each, ones) for each in zip(processes, previous, strict=True)])).sum(0)
+    return run("retract_rows_", [(*each, ones, sums, grams) for each in zip(processes, previous, strict=True)])
+
+
+def check_long(dtype: torch.dtype) -> Iterator[Line]:
+    """Steps that are too long for float32 or shorter: bounded, and a second retraction takes them to round-off.
+
+    Beside a factor that has no rank left, which stays as it is.
+    """
+    factors = (Factor(4, (30, 20)), Factor(17, (3, 40), "columns"), Factor(4, (30, 0)), Factor(4, (9, 9)))
+    lengths = (100.0, 30.0, 0.0, 0.3)  # of one column: G's condition is their square
+    Y = stored(factors, dtype, orthonormal)
+    Y[2][:, 1] = 0.0
+    Z = [each.clone() for each in Y]
+    for each, length in zip(Z, lengths, strict=True):
+        each[:, 0] += length * orthonormal(len(each), 1)[:, 0]
+    Z = [each.to(dtype).double() for each in Z]
+    previous, moved = by_process(factors, Y, dtype), by_process(factors, Z, dtype)
+    infos = retract(dtype, moved, previous)
+    yield from same_everywhere("long", infos)
+    info = infos[0]
+    yield "long statuses", float(info[:, 0].tolist() != [0.0, 0.0, 2.0, 0.0]), 0.0
+    yield "long paths", float(info[:, 3].tolist() != [1.0, 1.0, 1.0, 0.0]), 0.0
+    yield "residual of what is left alone", float(not bool(info[2, 1].isnan())), 0.0
+    yield "what is left alone", float(not joined(moved)[2].equal(Z[2])), 0.0
+    u, w = round_off(dtype)
+    for i in (0, 1):
+        M = Y[i] + stiefel.tangent_projection(Y[i], Z[i] - Y[i])
+        condition = float(torch.linalg.cond(M)) ** 2
+        found, reported = joined(moved)[i], float(info[i, 1])
+        own = 1e-14 * condition if dtype == torch.float64 else 0.0  # of Z's rounding and of this test's own measurement
+        yield "long residual above the reported", float(stiefel.orthonormality_error(found)) - reported, own
+        # as operators/phases.py has it, of a condition that is known to 1.02², and the rounding of what is stored
+        stored_as = (2.2 * u + 2.0**-11 * (dtype == torch.float16)) * math.sqrt(factors[i].r)
+        yield "long reported residual", reported, 1.1 * (8 * math.sqrt(factors[i].r) * w * condition + stored_as)
+        yield "long value", relative(found, stiefel.polar_factor(M)), reported + u
+    far = [[parts[i] for i in (0, 1)] for parts in moved]
+    again = [[part.clone() for part in parts] for parts in far]
+    polished = retract(dtype, far, again)
+    for i, found in enumerate(joined(far)):
+        own = 1e-13 if dtype == torch.float64 else 0.0
+        yield "polished residual", float(stiefel.orthonormality_error(found)) - float(polished[0][i, 1]), own
+        least = 2.0**-11 * math.sqrt(17.0) if dtype == torch.float16 else 0.0
+        moved_by = 2.2 * u * math.sqrt(17.0) + least
+        yield "polished reported", float(polished[0][i, 1]), moved_by + w * math.sqrt(17.0) * (2 + 4 * 5 + 8 * 17)
+    # the reference decides alike
+    sums = torch.stack(run("gradient_gram", [(each, each) for each in previous])).sum(0)
+    fresh = by_process(factors, Z, dtype)
+    ones = [1.0] * len(factors)
+    grams = torch.stack([reference.retract_gram(signatures.RetractGram(*each, ones)) for each in zip(fresh, previous, strict=True)]).sum(0)  # fmt: skip  # noqa: E501
+    wanted = reference.retract_rows_(signatures.RetractRows(fresh[0], previous[0], ones, sums, grams))
+    yield "the reference's statuses", float(not wanted[:, 0].equal(info[:, 0])), 0.0
+
+
+def check_gradients() -> Iterator[Line]:
+    """What the norm says of gradients that are large or not finite; the other factors' sums are as they were."""
+    for dtype, large in ((torch.float32, 1e25), (torch.float64, 1e200)):
+        Y = [orthonormal(40, 4, dtype=dtype) for _ in range(4)]
+        G = [torch.randn_like(each) for each in Y]
+        plain = run("gradient_gram", [(G, Y)])[0].view(4, -1)
+        G[0][37, 2], G[1][3, 0], G[2][39, 3] = large, math.nan, -math.inf
+        sums = run("gradient_gram", [(G, Y)])[0].view(4, -1)
+        norm = sums[:, -1]
+        yield "norm of a large gradient", float(not min(large, 1e30) * 0.999 <= float(norm[0]) <= 1e30), 0.0
+        yield "norm of one that is not finite", float(not bool(norm[1:3].isnan().all())), 0.0
+        yield "its factor", float(not sums[1, 16:-1].equal(plain[1, 16:-1])), 0.0
+        yield "the others", float(not sums[3].equal(plain[3])), 0.0
+
+
+def check_nothing() -> Iterator[Line]:
+    """A process that has no rows of any factor, and a call without factors."""
+    Y = [torch.empty(0, 4), torch.empty(4, 0).mT[:0]]
+    Y[1] = torch.empty(0, 3)
+    flat = run("gradient_gram", [(Y, Y)])[0]
+    yield "sums of nothing", float(flat.shape != (sums_words(4) + sums_words(3),) or bool(flat.any())), 0.0
+    rows = torch.tensor([SETTINGS] * 2, dtype=torch.float64)
+    grams, steps = run("adamw_gram_", [(Y, Y, Y, Y, flat, rows)])[0]
+    yield "grams of nothing", float(bool(grams.any()) or steps.numel() > 0), 0.0
+    empty = run("gradient_gram", [([], [])])[0]
+    yield "no factors", float(empty.numel() > 0 or run("retract_rows_", [([], [], [], empty, empty)])[0].numel() > 0), 0.0
+
+
+def check_refusals() -> Iterator[Line]:
+    """Also where the tensors have been met before."""
+    Y = [orthonormal(20, 4, dtype=torch.float32)]
+    Z = [Y[0] + 0.1]
+    sums, grams = run("gradient_gram", [(Y, Y)])[0], run("retract_gram", [(Z, Y, [1.0])])[0]
+    run("retract_rows_", [(Z, Y, [1.0], sums, grams)])
+    kept = Z[0].clone()
+    for given, message in (
+        ((Z, Y, [1.0], sums[:-1], grams), "retract_rows_: sums: found (26,)"),
+        ((Z, Y, [1.0], sums, grams.double()), "retract_rows_: grams: found (26,), torch.float64"),
+        ((Z, Y, [0.0], sums, grams), "retract_rows_: divisors[0]: found 0.0"),
+        ((Z, Z, [1.0], sums, grams), "retract_rows_: moved[0]: found memory that previous[0] has as well"),
+    ):
+        try:
+            run("retract_rows_", [given])
+        except RuntimeError as error:
+            yield f"refusal, of {message}: {error}", float(not str(error).startswith(message)), 0.0
+        else:
+            yield message, 1.0, 0.0
+    try:
+        run("adamw_rows_", [(Y, torch.zeros(79), sums, grams)])
+    except RuntimeError as error:
+        yield f"refusal: {error}", float("adamw_rows_: steps: found (79,)" not in str(error)), 0.0
+    else:
+        yield "steps", 1.0, 0.0
+    yield "what was refused", float(not Z[0].equal(kept)), 0.0
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    triton_launches.record()
+    round_to_bfloat16()
+    permute_programs()
+    small_tiles()
+
+    def report(case: str, lines: Iterator[Line]) -> None:
+        for what, error, tolerance in lines:
+            print(json.dumps({"case": case, "what": what, "error": error, "tolerance": tolerance}), flush=True)
+
+    for name, (dtype, factors) in CASES.items():
+        report(name, check_fused(dtype, factors))
+        report(name, check_separate(dtype, factors))
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        report(f"long {dtype}", check_long(dtype))
+    report("gradients", check_gradients())
+    report("nothing", check_nothing())
+    report("refusals", check_refusals())
+    for launch in triton_launches.launches.values():
+        print(json.dumps({"launch": launch}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
