@@ -13,6 +13,7 @@ from ..stiefel.gradient import coupling_kernel, coupling_sum_kernel, subtract_ke
 from ..stiefel.moves import ADAMW, POLAR, RETRACT
 from ..stiefel.options import (
     ATTEMPT,
+    advances_alone,
     gram_options,
     holds_halves,
     lays_apart,
@@ -88,7 +89,7 @@ def stiefel_variants(
     for name, KIND, STEPS in kinds if steps else [*kinds, ("phases' adamw", ADAMW, True)]:
         kind = {"KIND": KIND, "STEPS": STEPS}
         advance = KIND == ADAMW
-        if advance and tiles.slab < R:
+        if advance and advances_alone(tiles.slab == R, tiles.halves, STEPS, 8 * dtype.itemsize, arch):
             alone = {"ADVANCE": True, "GRAM": False, "HALVES": False, "APART": False, **tiles.streaming(R)}
             yield variant(f"{name} advance", gram_kernel, kind | alone)
             advance = False

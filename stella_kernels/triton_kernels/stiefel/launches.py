@@ -80,7 +80,8 @@ def gram(
     given = couplings if couplings is not None else partials
     inputs = (table.items, table.rows, settings, given, state, refused, partials, 1.0)
     advance = KIND == ADAMW
-    if advance and tiles.slab < R:
+    bits = 8 * table.dtype.itemsize
+    if advance and options.advances_alone(tiles.slab == R, tiles.halves, STEPS, bits, target_arch()):
         gram_kernel[(table.count, 1)](
             *inputs, ADVANCE=True, GRAM=False, HALVES=False, APART=False, **constants | tiles.streaming(R)
         )
