@@ -200,10 +200,11 @@ def _project_retract_(a: signatures.ProjectRetract) -> None:
 def check_divisors(a: signatures.ProjectRetract) -> None:
     """What is asked of project_retract_ at every call, whatever was asked of its tensors before."""
     _check_method(a.name, a.method)
-    _check_numbers(a.name, a.divisors, len(a.moved))
+    check_numbers(a.name, a.divisors, len(a.moved))
 
 
-def _check_numbers(operator: str, divisors: Sequence[float], count: int) -> None:
+def check_numbers(operator: str, divisors: Sequence[float], count: int) -> None:
+    """Raise unless there is a positive divisor for each factor."""
     if len(divisors) != count:
         raise RuntimeError(f"{operator}: divisors: found {len(divisors)}, wanted {count}, one a factor.")
     for i, divisor in enumerate(divisors):
@@ -274,7 +275,7 @@ def _riemannian_gradient_rows_(a: signatures.RiemannianGradientRows) -> None:
 
 def _retract_gram(a: signatures.RetractGram | signatures.RetractRows) -> None:
     _check_lists(a.name, "moved", a.moved, "some", previous=a.previous)
-    _check_numbers(a.name, a.divisors, len(a.moved))
+    check_numbers(a.name, a.divisors, len(a.moved))
 
 
 def _retract_rows_(a: signatures.RetractRows) -> None:

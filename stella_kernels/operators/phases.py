@@ -15,6 +15,7 @@ from ..reference.autocast import without_autocast
 from . import signatures
 from .status import (
     INFO_COLUMNS,
+    LARGEST_NORM,
     PATH_FLOAT64_GRAM,
     STATUS_NOT_CONVERGED,
     STATUS_OK,
@@ -22,8 +23,6 @@ from .status import (
     grams_words,
     sums_words,
 )
-
-_LARGEST = 1e30  # of a norm that is sent: that of finite gradients stays finite when processes add theirs
 
 
 def split(flat: Tensor, factors: Sequence[Tensor], words: Callable[[int], int]) -> Iterator[Tensor]:
@@ -51,7 +50,7 @@ def gradient_gram(a: signatures.GradientGram) -> Tensor:
         wide = arithmetic_dtype(factor.dtype)
         blocks = sharded.gradient_blocks(factor.to(wide), gradient.to(wide))
         norm = torch.linalg.vector_norm(gradient.double())
-        norm = torch.where(gradient.isfinite().all(), norm.clamp_max(_LARGEST), math.nan)
+        norm = torch.where(gradient.isfinite().all(), norm.clamp_max(LARGEST_NORM), math.nan)
         parts.append(sharded.packed(blocks, norm.to(wide).reshape(1)))
     return _flat(parts, a.factors)
 

@@ -72,7 +72,7 @@ def _retract_gram(a: signatures.RetractGram) -> Tensor:
 
 
 def _retract_rows_(a: signatures.RetractRows) -> Tensor:
-    return torch.empty((len(a.moved), INFO_COLUMNS), dtype=torch.float64)
+    return _info(a.moved)
 
 
 def _adamw_gram_(a: signatures.AdamWGram) -> tuple[Tensor, Tensor]:
@@ -81,7 +81,7 @@ def _adamw_gram_(a: signatures.AdamWGram) -> tuple[Tensor, Tensor]:
 
 
 def _adamw_rows_(a: signatures.AdamWRows) -> Tensor:
-    return torch.empty((len(a.factors), INFO_COLUMNS), dtype=torch.float64)
+    return _info(a.factors)
 
 
 def _philox_dropout(a: signatures.PhiloxDropout) -> Tensor:

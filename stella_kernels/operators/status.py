@@ -29,6 +29,9 @@ RESIDUAL, DRIFT = 1, 4  # columns
 INFO_COLUMNS = 5
 
 
+LARGEST_NORM = 1e30  # that is sent: that of finite gradients stays finite when processes add theirs
+
+
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     """In which factors of that dtype are computed with."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..operators.backends import triton_missing
 from ..operators.registration import library
-from ..operators.signatures import SIGNATURES, Signature, positional
+from ..operators.signatures import PHASES, SIGNATURES, Signature, positional
 
 
 def interpreted() -> bool:
@@ -30,16 +30,17 @@ def operators() -> dict[str, Callable[..., Any]]:
 
     Those of a layer, called some hundred times a step, are launched by plans (``launch/plan.py``).
     """
-    stiefel, adapter = (
-        importlib.import_module(f"stella_kernels.triton_kernels.{room}.operators").IMPLEMENTATIONS
-        for room in ("stiefel", "adapter")
+    stiefel, phases, adapter = (
+        importlib.import_module(f"stella_kernels.triton_kernels.{module}").IMPLEMENTATIONS
+        for module in ("stiefel.operators", "stiefel.phases", "adapter.operators")
     )
+    lists = {**stiefel, **phases}
     planned = importlib.import_module("stella_kernels.triton_kernels.launch.plan").Planned
     return {
-        signature.name: positional(signature, stiefel[signature.name])
-        if signature.name in stiefel
+        signature.name: positional(signature, lists[signature.name])
+        if signature.name in lists
         else planned(signature, adapter[signature.name])
-        for signature in SIGNATURES
+        for signature in (*SIGNATURES, *PHASES)
     }
 
 
@@ -61,5 +62,5 @@ def _first_call_imports(signature: type[Signature]) -> Callable[..., Any]:
 
 
 if not triton_missing():
-    for _signature in SIGNATURES:
+    for _signature in (*SIGNATURES, *PHASES):
         library.impl(_signature.name, _first_call_imports(_signature), "CUDA")

@@ -250,7 +250,7 @@ for _ in range(2 * table._KEPT):
 assert any(each is of_a_graph for each in device._captured)
 assert all(each is not of_a_graph for _, each in table._tables.values())
 try:
-    launches._to_device(rows, torch.device("meta"))
+    launches.to_device(rows, torch.device("meta"), "stella_adamw_")
 except RuntimeError as error:
     refused.append([str(error), True])
 print(json.dumps(refused))

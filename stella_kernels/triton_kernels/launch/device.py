@@ -68,7 +68,7 @@ def sent(here: Tensor, device: torch.device) -> Tensor:
 
     A CUDA graph that is being captured copies anew at each replay: what it reads on the host is then kept for good.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or not here.numel():
         return here.to(device)
     pinned = here.pin_memory()
     keep_for_graphs(device, pinned)

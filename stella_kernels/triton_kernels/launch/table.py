@@ -179,7 +179,8 @@ def _readdressed(identity: Identity, steps: bool) -> Table | None:
         rows = table.host.clone()
         fields = rows[:, HEADER : HEADER + FIELDS * columns : FIELDS]  # (k, columns)
         aligned = bool(((places.mT ^ fields) & 15 == 0).all())  # else loads have another width
-        if not aligned or not bool(places.all()) or _share(places.flatten(), table.extents):
+        placed = bool(places[:, rows[:, 0] > 0].all())  # what is empty has no address
+        if not aligned or not placed or _share(places.flatten(), table.extents):
             continue
         fields.copy_(places.mT)
         table.shared.use()

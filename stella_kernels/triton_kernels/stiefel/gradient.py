@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..launch.table import FIELDS
-from .range import attempt, norm_of, range_of
+from .range import attempt, norm_from, norm_of, range_of
 from .tiles import (
     LEAVE,
     MOVE,
@@ -55,8 +55,10 @@ def coupling_kernel(
     CHUNK: tl.constexpr,
     DRIFT: tl.constexpr,
     SPLIT: tl.constexpr,
+    NORM: tl.constexpr,
 ):
-    """Of a chunk of rows: ∇ᵀY to ``partials``, and to ``largest`` max |∇|, or NaN where ∇ is not finite.
+    """Of a chunk of rows: ∇ᵀY to ``partials``, and to ``largest`` max |∇| (with NORM ‖∇‖_F), or NaN where ∇ is not
+    finite.
 
     Where the coupling is known (header 4), only the latter. With DRIFT YᵀY follows ∇ᵀY; where registers hold one of the
     two only, SPLIT, the programs along the second axis take one each.
@@ -81,7 +83,7 @@ def coupling_kernel(
     for start in range(begin, end, BLOCK):
         rows = rows_from(begin, start, BLOCK)
         g = load_tile(gradient, rows, columns, left, r, ELEMENT, TO, INDEX)  # (BLOCK, R)
-        tainted += g * 0.0
+        tainted += g * (g if NORM else 0.0)
         size = tl.maximum(size, tl.abs(g))
         if not known:
             y = load_tile(own, rows, columns, left, r, ELEMENT, TO, INDEX)  # (BLOCK, R)
@@ -91,7 +93,11 @@ def coupling_kernel(
                 square = add_apart(square, product(tl.trans(y), y, PRECISION, TO), one)
     tainted_sum = tl.sum(tl.sum(tainted, axis=1), axis=0)
     if part == 0:
-        tl.store(largest + item, tl.max(tl.max(size, axis=1), axis=0) + tainted_sum)
+        most = tl.max(tl.max(size, axis=1), axis=0)
+        if NORM:
+            tl.store(largest + item, norm_from(tainted_sum, most, (end - begin) * r))
+        else:
+            tl.store(largest + item, most + tainted_sum)
     BLOCKS: tl.constexpr = 2 if DRIFT else 1
     if not known:
         store_square(partials + item * (BLOCKS * R * R) + part * (R * R), coupling, r, R)

@@ -23,7 +23,7 @@ from .solve import WORKSPACE, solve_kernel
 Arguments = dict[str, Any]
 
 
-def _common(table: Table, gradient: bool = False) -> Arguments:
+def common(table: Table, gradient: bool = False) -> Arguments:
     """The compile-time arguments of the passes over rows."""
     tiles = table.tiles
     return {
@@ -46,7 +46,7 @@ def _couple(table: Table, settings: Tensor | None, info: Tensor) -> tuple[Tensor
     the factors is computed.
     """
     GRADIENT, FACTOR, DRIFT = (0, 1, True) if settings is None else (1, 0, False)
-    common = _common(table, gradient=True)
+    constants = common(table, gradient=True)
     R = table.R
     partials = table.scratch(table.count, 2 if DRIFT else 1, R, R)
     largest = table.scratch(table.count)
@@ -56,16 +56,80 @@ def _couple(table: Table, settings: Tensor | None, info: Tensor) -> tuple[Tensor
     SPLIT = DRIFT and table.tiles.slab < R
     coupling_kernel[(table.count, 2 if SPLIT else 1)](
         *(table.items, table.rows, partials, largest, refused, 1.0),
-        **{"GRADIENT": GRADIENT, "FACTOR": FACTOR, "DRIFT": DRIFT, "SPLIT": SPLIT},
-        **common,
+        **{"GRADIENT": GRADIENT, "FACTOR": FACTOR, "DRIFT": DRIFT, "SPLIT": SPLIT, "NORM": False},
+        **constants,
     )
-    common.pop("CHUNK")
+    constants.pop("CHUNK")
     coupling_sum_kernel[(table.factors,)](
         *(table.rows, info if settings is None else settings, partials, largest, refused, couplings, state, info),
         **{"GRADIENT": GRADIENT, "FACTOR": FACTOR, "DRIFT": DRIFT, "ITEMS": table.tiles.items},
-        **common | options.ATTEMPT | options.sum_options(target_backend()),
+        **constants | options.ATTEMPT | options.sum_options(target_backend()),
     )
     return couplings, state, refused
+
+
+def gram(
+    table: Table, KIND: int, settings: Tensor, state: Tensor, refused: Tensor, couplings: Tensor | None, STEPS: bool
+) -> Tensor:
+    """Gram blocks of every item (count, 3, R, R), the moments advanced before: a launch, two past rank 64 for these."""
+    R, tiles = table.R, table.tiles
+    partials = table.scratch(table.count, 3, R, R)
+    constants = {"KIND": KIND, "STEPS": STEPS, "SLAB": tiles.slab, **common(table)}
+    APART = tiles.halves and options.lays_apart(R, target_arch())
+    HALVES = options.holds_halves(tiles.halves, KIND, R, target_arch())
+    given = couplings if couplings is not None else partials
+    inputs = (table.items, table.rows, settings, given, state, refused, partials, 1.0)
+    advance = KIND == ADAMW
+    bits = 8 * table.dtype.itemsize
+    if advance and options.advances_alone(tiles.slab == R, tiles.halves, STEPS, bits, target_arch()):
+        gram_kernel[(table.count, 1)](
+            *inputs, ADVANCE=True, GRAM=False, HALVES=False, APART=False, **constants | tiles.streaming(R)
+        )
+        advance = False
+    greedy = options.gram_options(target_backend(), KIND, R)
+    gram_kernel[(table.count, R // tiles.slab)](
+        *inputs,
+        ADVANCE=advance,
+        GRAM=True,
+        HALVES=HALVES,
+        APART=APART,
+        **constants | {"num_warps": options.gram_warps(tiles, KIND)} | greedy,
+    )
+    return partials
+
+
+def solve(
+    table: Table, rows: Tensor, KIND: int, settings: Tensor, partials: Tensor, state: Tensor, refused: Tensor,
+    info: Tensor, STEPS: bool, SHARDED: bool = False
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Coefficients (k, 2, R, R) and scales (k,) of the update: a launch. ``rows`` says which partials are whose."""
+    R, tiles = table.R, table.tiles
+    coefficients = table.scratch(table.factors, 2, R, R)
+    scales = table.scratch(table.factors)
+    programs = min(table.factors, options.PROGRAMS)
+    workspace = table.scratch(programs, WORKSPACE, R, R, dtype=torch.float64)
+    constants = common(table)
+    solve_kernel[(programs,)](
+        *(rows, settings, partials, coefficients, scales, state, refused, workspace, info),
+        *(table.factors, torch.finfo(arithmetic(table.dtype)).eps / 2),
+        **{"KIND": KIND, "STEPS": STEPS, "SHARDED": SHARDED},
+        **{name: constants[name] for name in ("ELEMENT", "TO", "PRECISION", "INDEX", "R")},
+        **{"T": tiles.small, "T64": tiles.small64, "ROWS": tiles.rows64, "num_warps": options.solve_warps(tiles, KIND)},
+        **options.solve_options(target_backend()),
+    )
+    return coefficients, scales
+
+
+def update(
+    table: Table, KIND: int, settings: Tensor, coefficients: Tensor, scales: Tensor, state: Tensor, STEPS: bool
+) -> None:
+    """The factors' new rows in place: a launch."""
+    update_kernel[(table.count,)](
+        *(table.items, table.rows, settings, coefficients, scales, state),
+        **{"KIND": KIND, "STEPS": STEPS, **common(table)}
+        | table.tiles.streaming(table.R)
+        | options.update_options(target_backend(), KIND, table.R),
+    )
 
 
 def _retract(
@@ -73,56 +137,22 @@ def _retract(
     couplings: Tensor | None = None, STEPS: bool = False
 ) -> None:  # fmt: skip
     """Gram blocks, solve, update: three launches, four where the moments are advanced by one of their own."""
-    R, tiles = table.R, table.tiles
-    partials = table.scratch(table.count, 3, R, R)
-    coefficients = table.scratch(table.factors, 2, R, R)
-    scales = table.scratch(table.factors)
-    programs = min(table.factors, options.PROGRAMS)
-    workspace = table.scratch(programs, WORKSPACE, R, R, dtype=torch.float64)
-    given = couplings if couplings is not None else partials
-    gram = {"KIND": KIND, "STEPS": STEPS, "SLAB": tiles.slab, **_common(table)}
-    APART = tiles.halves and options.lays_apart(R, target_arch())
-    HALVES = options.holds_halves(tiles.halves, KIND, R, target_arch())
-    inputs = (table.items, table.rows, settings, given, state, refused, partials, 1.0)
-    greedy = options.gram_options(target_backend(), KIND, R)
-    advance = KIND == ADAMW
-    if advance and tiles.slab < R:
-        gram_kernel[(table.count, 1)](
-            *inputs, ADVANCE=True, GRAM=False, HALVES=False, APART=False, **gram | tiles.streaming(R)
-        )
-        advance = False
-    gram_kernel[(table.count, R // tiles.slab)](
-        *inputs,
-        ADVANCE=advance,
-        GRAM=True,
-        HALVES=HALVES,
-        APART=APART,
-        **gram | {"num_warps": options.gram_warps(tiles, KIND)} | greedy,
-    )
-    solve_kernel[(programs,)](
-        *(table.rows, settings, partials, coefficients, scales, state, refused, workspace, info),
-        *(table.factors, torch.finfo(arithmetic(table.dtype)).eps / 2),
-        **{name: gram[name] for name in ("KIND", "STEPS", "ELEMENT", "TO", "PRECISION", "INDEX", "R")},
-        **{"T": tiles.small, "T64": tiles.small64, "ROWS": tiles.rows64, "num_warps": options.solve_warps(tiles, KIND)},
-        **options.solve_options(target_backend()),
-    )
-    greedy = options.update_options(target_backend(), KIND, R)
-    update_kernel[(table.count,)](
-        *(table.items, table.rows, settings, coefficients, scales, state), **gram | tiles.streaming(R) | greedy
-    )
+    partials = gram(table, KIND, settings, state, refused, couplings, STEPS)
+    coefficients, scales = solve(table, table.rows, KIND, settings, partials, state, refused, info, STEPS)
+    update(table, KIND, settings, coefficients, scales, state, STEPS)
 
 
 def _new_info(table: Table) -> Tensor:
     return table.scratch(table.factors, INFO_COLUMNS, dtype=torch.float64)
 
 
-def _to_device(settings: Tensor, device: torch.device) -> Tensor:
+def to_device(settings: Tensor, device: torch.device, operator: str) -> Tensor:
     """Without waiting for it: one copy from pinned memory, none where the settings are on the device already."""
     if settings.device == device:
         return settings.contiguous()
     if capturing(device):
         raise RuntimeError(
-            f"stella_adamw_: hyperparameters: found on {settings.device} while a CUDA graph is captured, which would "
+            f"{operator}: hyperparameters: found on {settings.device} while a CUDA graph is captured, which would "
             f"replay this step's learning rate and count for ever; wanted on {device}, written before each replay."
         )
     return sent(settings, device)
@@ -136,7 +166,7 @@ def riemannian_gradient_(a: signatures.RiemannianGradient, table: Table) -> Tens
         subtract_kernel[(table.count,)](
             *(table.items, table.rows, couplings, state, refused),
             SNAPSHOTS=bool(a.snapshots),
-            **_common(table, gradient=True) | table.tiles.streaming(table.R),
+            **common(table, gradient=True) | table.tiles.streaming(table.R),
         )
     return info
 
@@ -145,7 +175,7 @@ _divisors: dict[tuple[object, ...], Shared] = {}
 _one_at_a_time = RLock()  # of threads that look for divisors
 
 
-def _settings_of(divisors: Sequence[float], device: torch.device) -> Tensor:
+def settings_of(divisors: Sequence[float], device: torch.device) -> Tensor:
     """(k, 7) settings of which only the divisors count; the same every step, so that they are copied once."""
     key = (device, *divisors)
     with _one_at_a_time:
@@ -168,7 +198,7 @@ def project_retract_(a: signatures.ProjectRetract, table: Table) -> Tensor:
     with on_device_of(a.moved[0]):
         info = _new_info(table)
         state = table.scratch(table.factors, dtype=torch.int32)
-        _retract(table, RETRACT, _settings_of(a.divisors, table.device), state, state, info)
+        _retract(table, RETRACT, settings_of(a.divisors, table.device), state, state, info)
     return info
 
 
@@ -182,7 +212,7 @@ def stella_adamw_(a: signatures.StellaAdamWStep, table: Table) -> Tensor:
     steps = keeps_steps(table.dtype)
     with on_device_of(a.factors[0]):
         info = _new_info(table)
-        settings = _to_device(a.hyperparameters, table.device)
+        settings = to_device(a.hyperparameters, table.device, a.name)
         known, state, refused = _couple(table, settings, info)
         _retract(table, ADAMW, settings, state, refused, info, known, steps)
     return info

@@ -9,7 +9,7 @@ import triton.language as tl
 from .tiles import load_tile, store_tile, tensor_of
 
 # What a grouped pass retracts, and its tensors in the table: POLAR: M, Q; RETRACT: moved, previous;
-# ADAMW: Y, ∇, m, v, and the steps where the moments' storage would round them.
+# ADAMW: Y, ∇, m, v, and the steps, of the arithmetic's dtype, where the moments' storage would round them.
 POLAR, RETRACT, ADAMW = 0, 1, 2
 
 # Columns of the settings of a factor, float64: those of the operator stella_adamw_.
@@ -63,7 +63,8 @@ def tensors_of(table, factor, start, KIND: tl.constexpr, STEPS: tl.constexpr, EL
         third = tensor_of(table, factor, 2, start, ELEMENT)
         fourth = tensor_of(table, factor, 3, start, ELEMENT)
     if STEPS:
-        fifth = tensor_of(table, factor, 4, start, tl.float32)
+        OWN: tl.constexpr = tl.float64 if ELEMENT.primitive_bitwidth == 64 else tl.float32
+        fifth = tensor_of(table, factor, 4, start, OWN)
     return first, second, third, fourth, fifth
 
 
@@ -73,14 +74,14 @@ def load_move(
     TO: tl.constexpr, INDEX: tl.constexpr, WIDE: tl.constexpr = True
 ):  # fmt: skip
     """Y and Δ at (rows, columns) of :func:`tensors_of`, with the factor's :func:`constants_of`; of POLAR, M twice."""
+    OWN: tl.constexpr = tl.float64 if ELEMENT.primitive_bitwidth == 64 else tl.float32  # the step that was taken
     y = load_tile(tensors[1 if KIND == _RETRACT else 0], rows, columns, left, r, ELEMENT, TO, INDEX, WIDE)
     if KIND == _RETRACT:
         moved = load_tile(tensors[0], rows, columns, left, r, ELEMENT, TO, INDEX, WIDE)
         delta = (moved - y) * constants[0].to(TO)
     elif KIND == _ADAMW and STEPS:
-        delta = load_tile(tensors[4], rows, columns, left, r, tl.float32, TO, INDEX, WIDE)
+        delta = load_tile(tensors[4], rows, columns, left, r, OWN, TO, INDEX, WIDE)
     elif KIND == _ADAMW:
-        OWN: tl.constexpr = tl.float64 if ELEMENT.primitive_bitwidth == 64 else tl.float32  # the step that was taken
         m = load_tile(tensors[2], rows, columns, left, r, ELEMENT, OWN, INDEX, WIDE)
         v = load_tile(tensors[3], rows, columns, left, r, ELEMENT, OWN, INDEX, WIDE)
         delta = adamw_delta(m, v, constants[0].to(OWN), constants[1].to(OWN), constants[2].to(OWN))
@@ -112,5 +113,5 @@ def advance(
     inside = (rows < left)[:, None] & (columns < r)[None, :]
     delta = tl.where(inside, adamw_delta(m, v, constants[0], constants[1], constants[2]), 0.0)
     if STEPS:
-        store_tile(tensors[4], rows, columns, left, r, delta, tl.float32, INDEX)
+        store_tile(tensors[4], rows, columns, left, r, delta, TO, INDEX)
     return delta

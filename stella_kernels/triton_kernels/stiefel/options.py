@@ -25,6 +25,12 @@ def lays_apart(R: int, arch: object) -> bool:
     return R == 64 and arch == 90
 
 
+def advances_alone(whole: bool, halves: bool, steps: bool, bits: int, arch: object) -> bool:
+    """Whether a launch of its own advances the moments: where no Gram block is ``whole`` in registers, and on sm_90
+    where float32's steps are kept beside two halves of one: with them it would spill."""
+    return not whole or (arch == 90 and halves and steps and bits == 32)
+
+
 def sum_options(backend: str) -> dict[str, int]:
     """Of one program for each factor, of which there are few: blocks beside each other gain nothing."""
     return FUSION | GREEDY if backend == "cuda" else FUSION

@@ -36,6 +36,15 @@ def norm_of(A):
 
 
 @triton.jit
+def norm_from(squares, most, count):
+    """Frobenius norm from the sum of ``count`` squares and the largest value: a bound on it where the sum overflowed,
+    NaN where a value is not finite."""
+    bound = most * tl.sqrt(count.to(most.dtype))
+    norm = tl.where(squares < float("inf"), tl.sqrt(squares), bound)
+    return tl.where((squares == squares) & (most < float("inf")), norm, float("nan"))
+
+
+@triton.jit
 def as_stored(value, ELEMENT: tl.constexpr):
     """Zero, or NaN where a value is not finite once it is of this dtype."""
     wide = value

@@ -9,6 +9,7 @@ import triton.language as tl
 from .moves import ADAMW, POLAR
 from .rescue import rescue
 from .small import add_transposed, combine, inner, inverse_root_series, multiply, sum_into, trace_and_spread
+from .sums import solve_in_float64
 from .tiles import LEAVE, MOVE, RESCUE, ROW
 
 # Of the Gram matrix of what is retracted: above, float64 and repetition take over (csrc/cpu has the same limit).
@@ -101,6 +102,7 @@ def solve_kernel(
     tolerance,
     KIND: tl.constexpr,
     STEPS: tl.constexpr,
+    SHARDED: tl.constexpr,
     ELEMENT: tl.constexpr,
     TO: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -111,6 +113,8 @@ def solve_kernel(
     ROWS: tl.constexpr,
 ):
     """For the factors of a program: W and F, scale, state and a row of ``info``.
+
+    Of a factor whose rows others have too, SHARDED, the sums are all there is: nothing else decides anything.
 
     With R = G^(−1/2) they are B R − I, R − I and 1 where the step is short, else B R, R and 0; of POLAR F alone, with
     R = (I + F) · scale. A program has one workspace and takes every so-many-th factor.
@@ -174,6 +178,13 @@ def solve_kernel(
                 off = tolerance * size * (2.0 + 1.25 * size + 8.0 * condition)  # csrc/cpu/stiefel/residual.h
                 tl.store(state + factor, _MOVE)
                 write_info(info, factor, 0.0, stored_residual(residual + off, n, r, ELEMENT, TO), steps, 0, drift)
+            elif SHARDED:
+                tl.debug_barrier()
+                W = coefficients + factor * (2 * R * R)
+                status, error, steps = solve_in_float64(first, W, W + R * R, work64, tolerance, r, R, T, T64, TO)
+                tl.store(scales + factor, 0.0)
+                tl.store(state + factor, tl.where(status == 0.0, _MOVE, _LEAVE))
+                write_info(info, factor, status, stored_residual(error, n, r, ELEMENT, tl.float64), steps, 1, drift)
             else:
                 tl.store(state + factor, _LEAVE)
                 tl.debug_barrier()
