@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -28,8 +29,15 @@ def _process(rank: int, world: int, folder: str, task: Callable[..., Any], argum
     os._exit(0)
 
 
+def start(world: int, task: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """Run ``task(rank, *arguments)`` in ``world`` processes and wait for them."""
+    # Forked from a server that has imported and done nothing else: a spawned process imports for seven seconds.
+    multiprocessing.set_forkserver_preload(["stella_kernels.distributed", "stella_kernels.optim", "peft"])
+    torch.multiprocessing.start_processes(task, arguments, nprocs=world, start_method="forkserver")
+
+
 def together(world: int, folder: Path, task: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What ``task(*arguments)`` returned in each of ``world`` processes, by rank; what one of them raised is raised."""
     folder.mkdir(parents=True, exist_ok=True)
-    torch.multiprocessing.spawn(_process, (world, str(folder), task, arguments), nprocs=world)
+    start(world, _process, (world, str(folder), task, arguments))
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]

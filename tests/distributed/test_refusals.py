@@ -18,7 +18,7 @@ from stella_kernels.distributed.rows import is_sharded
 from stella_kernels.nn import stiefel_factors
 from stella_kernels.optim import StellaAdamW, attach, retract
 from tests.distributed.problem import BUILDERS, Model, batch, full, model_of, off, shard, train, whole
-from tests.distributed.processes import together
+from tests.distributed.processes import start, together
 
 Outcome = tuple[str, str, bool]
 
@@ -268,6 +268,6 @@ def _one_dies(rank: int, folder: str) -> None:
 
 
 def test_a_process_that_dies_ends_the_others_with_an_error(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_one_dies, (str(tmp_path),), nprocs=2)
+    start(2, _one_dies, (str(tmp_path),))
     # Whether gloo sees the connection closed, reset or silent is a race of the two processes.
     assert "gloo" in (tmp_path / "error").read_text()

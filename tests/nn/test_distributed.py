@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,15 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-from stella_kernels import StellaLinear
-
-if not dist.is_available() or not dist.is_gloo_available():
-    pytest.skip("torch was built without gloo", allow_module_level=True)
-
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from stella_kernels import StellaLinear
+from tests.distributed.processes import together
 
 WORLD, T, N, M, R = 2, 6, 12, 8, 3
 # float64: sums of at most 12 terms, perhaps in another order, in three products: 1e-13 is 450 roundings
@@ -112,19 +108,11 @@ def adapter_of_a_shard(rank: int) -> None:
         assert_same(found, value)
 
 
-def process(rank: int, task: Callable[[int], None], rendezvous: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{rendezvous}", world_size=WORLD, rank=rank)
-    try:
-        torch.manual_seed(7)  # one model and one batch everywhere
-        task(rank)
-    finally:
-        dist.destroy_process_group()
-    # A mesh and DDP keep the group, and so gloo's threads, alive: one of them that lets go of a tensor while the
-    # interpreter is being taken down aborts the process, so it is not taken down.
-    os._exit(0)
+def _task(task: Callable[[int], None]) -> None:
+    torch.manual_seed(7)  # one model and one batch everywhere
+    task(dist.get_rank())
 
 
 @pytest.mark.parametrize("task", [data_parallel, sharded_base, adapter_of_a_shard])
 def test_two_processes(task: Callable[[int], None], tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(process, (task, str(tmp_path / "rendezvous")), nprocs=WORLD)
+    together(WORLD, tmp_path, _task, task)
