@@ -349,7 +349,7 @@ class StellaAdamW(AdamW):
             bad = [slot.factor.name for slot, g in zip(active, gradients, strict=True) if not bool(g.isfinite().all())]
             refuse_gradients(self._factors, bad)
             refuse_large(self._guard, [slot.factor for slot in plan.overflows(gradients, known)], self.skip_nonfinite)
-        return self._finish(active, plan.run(tensors, gradients, known, rates))
+        return self._finish(active, tensors, plan.run(tensors, gradients, known, rates))
 
     def _planned(self, active: list[Slot]) -> Plan:
         """The operator calls for these factors, with all hyperparameters in place but the learning rates and steps."""
@@ -363,7 +363,7 @@ class StellaAdamW(AdamW):
             plan = self._plan = Plan(active, groups, constants)
         return plan
 
-    def _finish(self, active: list[Slot], info: Tensor) -> OffManifoldError | None:
+    def _finish(self, active: list[Slot], tensors: Settled, info: Tensor) -> OffManifoldError | None:
         """Book the factors that have taken the step; raise for the others."""
         status = info[:, 0].tolist()
         done, stuck = active, []
@@ -377,9 +377,10 @@ class StellaAdamW(AdamW):
             if slot.fresh:  # kept only now, so that a step that raises leaves no state behind
                 self.state[slot.parameter] = slot.state
                 slot.fresh = False
-        if done:
-            # as a tensor, or torch makes one of the number for every step counter
-            torch._foreach_add_([slot.step for slot in done], torch.tensor(1.0, device="cpu"), alpha=1.0)
+        if not stuck:
+            tensors.counters.add_(1)
+        for slot in done if stuck else ():
+            slot.step.add_(1)
         self.last_info = info
         if stuck:
             refuse_stuck(self._guard, [slot.factor for slot in stuck])

@@ -99,7 +99,8 @@ class Settled:
 
     Attributes:
         views, exp_avgs, exp_avg_sqs: what the operator is given, (n, r) each.
-        steps: the counters.
+        counters: the steps taken, in one memory (k,), of which each state has its element: hundreds of tensors of one
+            number each are slow to read and to advance.
     """
 
     def __init__(self, active: list[Slot]) -> None:
@@ -112,7 +113,11 @@ class Settled:
         self.views = [slot.view for slot in active]
         self.exp_avgs = [slot.exp_avg_view for slot in active]
         self.exp_avg_sqs = [slot.exp_avg_sq_view for slot in active]
-        self.steps = [slot.step for slot in active]
+        self.counters = torch.stack([slot.step for slot in active])
+        for slot, counter in zip(active, self.counters.unbind(), strict=True):
+            slot.state["step"] = slot.step = counter
+        self._steps = [slot.step for slot in active]
+        self._places = [*map(_address, self._steps)]
 
     def holds(self, active: list[Slot], states: list[Any]) -> bool:
         """Whether there is nothing to ``follow`` in any of these, as at nearly every step."""
@@ -120,13 +125,15 @@ class Settled:
             return False
         first, second = self._moments
         return (
-            all(map(is_, [state["step"] for state in states], self.steps))
+            all(map(is_, [state["step"] for state in states], self._steps))
             and all(map(is_, [state["exp_avg"] for state in states], first))
             and all(map(is_, [state["exp_avg_sq"] for state in states], second))
+            # of the views too: their storage may have been freed, and its address given out again
             and [*map(_address, self._parameters)] == [*map(_address, self.views)]
             and [*map(Tensor.stride, self._parameters)] == self._strides
             and _lie_with(first, self.exp_avgs)
             and _lie_with(second, self.exp_avg_sqs)
+            and [*map(_address, self._steps)] == self._places
         )
 
 
@@ -141,6 +148,7 @@ class Call:
     def __init__(self, positions: list[int], rows: list[list[float]], unknown: Tensor) -> None:
         self.positions = positions
         self.hyperparameters = torch.tensor(rows, dtype=torch.float64, device="cpu")
+        self._steps = self.hyperparameters[:, STEP]
         self.rates: list[float] | None = None  # those of the groups, when the learning rates were last written
         self.unknown = unknown  # stands for a coupling that the operator is to compute
 
@@ -154,16 +162,15 @@ class Call:
     ) -> Tensor:
         slots = [active[i] for i in self.positions]
         lists = [tensors.views, gradients, tensors.exp_avgs, tensors.exp_avg_sqs]
-        steps = tensors.steps
+        counters = tensors.counters
         if len(slots) < len(active):
             lists = [[each[i] for i in self.positions] for each in lists]
-            steps = [steps[i] for i in self.positions]
+            counters = counters[self.positions]
         if rates != self.rates:
             new = [rates[s.group] for s in slots]
             self.hyperparameters[:, LR] = torch.tensor(new, dtype=torch.float64, device="cpu")
             self.rates = rates
-        self.hyperparameters[:, STEP] = torch.stack(steps)
-        self.hyperparameters[:, STEP] += 1
+        torch.add(counters, 1, out=self._steps)
         couplings = [known.get(s.index, self.unknown) for s in slots] if known else [self.unknown] * len(slots)
         return torch.ops.stella_kernels.stella_adamw_(*lists, couplings, self.hyperparameters).cpu()
 
