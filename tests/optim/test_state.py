@@ -6,6 +6,7 @@ import copy
 import pickle
 
 import pytest
+import torch
 from torch.optim import AdamW
 
 from stella_kernels.nn import stiefel_factors
@@ -62,6 +63,31 @@ def test_state_is_interchangeable_with_attach(back: bool, fused_others: bool) ->
     assert distance(values(again), values(exact)) < 1e-10
     assert {k: sorted(s) for k, s in state["state"].items()} == {i: ["exp_avg", "exp_avg_sq", "step"] for i in range(6)}
     assert all(float(s["step"]) == 12 for s in other.state_dict()["state"].values())
+
+
+@pytest.mark.parametrize("how", ["new tensor", "data", "in place"])
+def test_a_counter_that_was_set_is_heeded(how: str) -> None:
+    """Counters lie in one memory from the first step on; whoever sets one sets that factor's alone."""
+    problem = Problem()
+    models = []
+    for steps in (3, 9):
+        model, optimizer = fused(problem, 3)
+        models.append(model)
+        for i, factor in enumerate(stiefel_factors(model)):
+            state = optimizer.state[factor.parameter]
+            wanted = torch.tensor(float(steps) if i == 0 else 3.0)
+            if how == "new tensor":
+                state["step"] = wanted
+            elif how == "data":
+                state["step"].data = wanted
+            else:
+                state["step"].copy_(wanted)
+        problem.train(model, optimizer, optimizer.step, 3, 4)
+        found = [float(optimizer.state[f.parameter]["step"]) for f in stiefel_factors(model)]
+        assert found == [steps + 1.0, 4.0, 4.0, 4.0]
+    factors = [[f.parameter for f in stiefel_factors(m)] for m in models]
+    same = [torch.equal(a, b) for a, b in zip(*factors, strict=True)]
+    assert same == [False, True, True, True]  # the bias correction of step 10 is another than that of step 4
 
 
 @pytest.mark.parametrize("attached", [False, True])
