@@ -36,6 +36,12 @@ def load_reviews(source_package: Path, neutral_band: float = 0.5) -> list[Review
 
     Raises ``FileNotFoundError`` that says how to fetch the package where it is not there.
     """
+    rated = rated_snippets(source_package)
+    return [Review(text, int(rating > 0)) for rating, text in rated if abs(rating) >= neutral_band]
+
+
+def rated_snippets(source_package: Path) -> list[tuple[float, str]]:
+    """Mean rating and text of every snippet; raises as ``load_reviews`` does."""
     if not source_package.is_file():
         raise FileNotFoundError(
             f"{source_package}: not found, wanted the source package of vaderSentiment 3.3.2; `make demo` "
@@ -43,12 +49,8 @@ def load_reviews(source_package: Path, neutral_band: float = 0.5) -> list[Review
         )
     inner = _member(source_package.read_bytes(), INNER_ARCHIVE)
     text = _member(inner, RATINGS_FILE).decode("latin-1")
-    reviews = []
-    for line in text.splitlines():
-        _, rating, snippet = line.split("\t", 2)
-        if abs(float(rating)) >= neutral_band:
-            reviews.append(Review(snippet.strip(), int(float(rating) > 0)))
-    return reviews
+    lines = (line.split("\t", 2) for line in text.splitlines())
+    return [(float(rating), snippet.strip()) for _, rating, snippet in lines]
 
 
 def _member(packed: bytes, ending: str) -> bytes:
