@@ -279,7 +279,9 @@ def check_held(optimizer: Optimizer, factors: Sequence[StiefelFactor]) -> None:
     if missing:
         raise ValueError(
             f"optimizer: it does not hold {', '.join(missing)}, so it would never move them. Build the optimizer from "
-            "the parameters of the model that has its adapters (after get_peft_model), or leave these out of target."
+            "the parameters of the model that has its adapters (after get_peft_model), or leave these out of target. "
+            "DeepSpeed's ZeRO 1 to 3 exchange them for flat buffers, where no factor can be told: take FSDP2, or "
+            "stella_kernels.distributed.shard_base."
         )
 
 
