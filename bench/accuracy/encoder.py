@@ -172,7 +172,9 @@ class DinoV2:
         self._arrays = arrays
         # The export split the positions into the class token's and the grid's.
         joined = [node for node in graph.node if node.name.startswith("/backbone/embeddings/Concat")]
-        first = [name for node in joined for name in node.input if name in arrays and arrays[name].shape[-1:] == (WIDTH,)]
+        first = [
+            name for node in joined for name in node.input if name in arrays and arrays[name].shape[-1:] == (WIDTH,)
+        ]
         self._class_position = arrays[next(name for name in first if name != "backbone.embeddings.cls_token")]
         reshaped = [node for node in graph.node if node.op_type == "Reshape" and node.input[0] in arrays]
         self._grid = next(arrays[n.input[0]] for n in reshaped if arrays[n.input[0]].shape[-1:] == (WIDTH,))

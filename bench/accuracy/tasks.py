@@ -83,7 +83,8 @@ def _reviews(name: str, data: Path) -> Task:
 
 def _images(data: Path, which: str) -> tuple[Tensor, Tensor]:
     def numbers(name: str, header: int) -> Tensor:
-        return torch.frombuffer(bytearray(gzip.decompress((data / f"{which}-{name}.gz").read_bytes())[header:]), dtype=torch.uint8)
+        packed = (data / f"{which}-{name}.gz").read_bytes()
+        return torch.frombuffer(bytearray(gzip.decompress(packed)[header:]), dtype=torch.uint8)
 
     return numbers("images-idx3-ubyte", 16).view(-1, 28, 28), numbers("labels-idx1-ubyte", 8).long()
 

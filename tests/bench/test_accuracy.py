@@ -1,0 +1,70 @@
+"""The accuracy study: its statistics, its schedule on a tiny task, and the tables of the runs that are kept."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from bench.accuracy.command import RESULTS
+from bench.accuracy.run import LORA, METHODS, RATES, STELLA, Case, run
+from bench.accuracy.schedule import SEEDS, best_rate, groups, work
+from bench.accuracy.tables import mean_and_error, paired, read, scores, tables
+from bench.accuracy.tasks import synthetic
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+
+
+def test_mean_and_standard_error() -> None:
+    # deviations -1, 0, 1: variance 2 / (3 - 1) = 1, standard error 1 / sqrt(3)
+    assert mean_and_error([1.0, 2.0, 3.0]) == pytest.approx((2.0, 1 / math.sqrt(3)))
+    # differences 1 and 3 over the seeds that both have: mean 2, deviation sqrt(2), error 1
+    assert paired({0: 2.0, 1: 5.0, 7: 9.0}, {0: 1.0, 1: 2.0, 3: 0.0}) == pytest.approx((2.0, 1.0))
+    assert math.isnan(mean_and_error([1.0])[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_on_a_tiny_task(method: str) -> None:
+    task = synthetic()
+    record = run(Case("synthetic", "test", method, 4, 3e-3, 0), task, steps=30)
+    assert record["failed"] == ""
+    assert record["curve"][-1] < record["curve"][0]
+
+
+def test_the_schedule_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    task, chosen = synthetic(), groups(["synthetic"], ["lora", "stella"], [4])
+    assert work(chosen, tmp_path, lambda name: task, minutes=0.0, steps=3) == 2 * len(RATES)
+    assert best_rate("synthetic", "lora", 4, tmp_path) is None
+    assert work(chosen, tmp_path, lambda name: task, steps=3) == 0
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/*.json")}
+    assert len(before) == 2 * (len(RATES) + len(SEEDS))
+    assert work(chosen, tmp_path, lambda name: task, steps=3) == 0
+    assert before == {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/*.json")}
+    table = tables(tmp_path)
+    assert "| synthetic | stella | 4 |" in table
+    # made anew, a run gives the same
+    kept = json.loads(min(before).read_text())
+    again = run(Case(*(kept[key] for key in ("task", "stage", "method", "rank", "rate", "seed"))), task, steps=3)
+    assert (again["score"], again["curve"]) == (kept["score"], kept["curve"])
+
+
+def test_the_documents_table_is_that_of_the_runs() -> None:
+    text = DOCUMENT.read_text()
+    for line in tables(RESULTS).splitlines():
+        assert line in text
+
+
+def test_no_method_has_fewer_rates_or_seeds_than_ours() -> None:
+    records = read(RESULTS)
+    tasks = {r["task"] for r in records}
+    assert len(tasks) >= 3
+    for task in tasks:
+        of = [m for m in METHODS if any((r["task"], r["method"]) == (task, m) for r in records)]
+        assert len({*of} & {*LORA, *STELLA}) >= 4
+        for method in of:
+            rank = 0 if method in ("probe", "full") else 8
+            assert set(scores(records, task, method, rank)) == set(SEEDS)
+            tried = {r["rate"] for r in records if (r["task"], r["method"], r["stage"]) == (task, method, "rate")}
+            assert tried == set(RATES)
