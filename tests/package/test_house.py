@@ -31,7 +31,14 @@ ROOMS: dict[str, list[tuple[str, ...]]] = {
         ("__main__",),
         ("",),  # the public names
     ],
-    "bench": [("common",), ("stiefel",), ("adapter",), ("traffic", "host", "distributed"), ("gpu",), ("__main__", "")],
+    "bench": [
+        ("common",),
+        ("stiefel",),
+        ("adapter",),
+        ("traffic", "host", "distributed", "accuracy"),
+        ("gpu",),
+        ("__main__", ""),
+    ],
 }
 
 
