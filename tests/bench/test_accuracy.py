@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,3 +71,54 @@ def test_no_method_has_fewer_rates_or_seeds_than_ours() -> None:
             assert set(scores(records, task, method, rank)) == set(SEEDS)
             tried = {r["rate"] for r in records if (r["task"], r["method"], r["stage"]) == (task, method, "rate")}
             assert tried == set(RATES)
+
+
+COMPARISON = RESULTS.parent / "peft_method_comparison"
+STAND_IN = """
+import torch
+def get_optimizer_and_scheduler(model, *, lr, weight_decay):
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay), None
+"""
+STAND_IN_RUN = """
+import json, sys
+import torch
+from peft import PeftConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+from utils import get_optimizer_and_scheduler
+torch.manual_seed(0)
+config = PeftConfig.from_pretrained(sys.argv[1])
+small = LlamaConfig(vocab_size=32, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+model = get_peft_model(LlamaForCausalLM(small), config)
+parameters = json.load(open(sys.argv[1] + "/training_params.json"))
+optimizer, _ = get_optimizer_and_scheduler(model, **parameters["optimizer_kwargs"])
+ids = torch.arange(32)[None]
+for _ in range(3):
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+from stella_kernels.nn import stiefel_factors
+identity = torch.eye(config.r)
+print(len(stiefel_factors(model)), max(float((f.view.mT @ f.view - identity).norm()) for f in stiefel_factors(model)))
+"""
+
+
+def test_pefts_method_comparison_starts_with_the_geometry(tmp_path: Path) -> None:
+    """Its own run.py needs a GPU and gated models: a stand-in with its functions' names."""
+    (tmp_path / "utils.py").write_text(STAND_IN)
+    (tmp_path / "run.py").write_text(STAND_IN_RUN)
+    experiment = COMPARISON / "MetaMathQA" / "experiments" / "stella" / "llama-3.2-3B-rank32"
+    command = [sys.executable, str(COMPARISON / "start.py"), str(experiment)]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ, check=False)
+    assert ended.returncode == 0, ended.stderr
+    factors, off = ended.stdout.split()[-2:]
+    assert int(factors) == 4  # U and V of q and v
+    assert float(off) < 1e-5
+
+
+def test_pefts_image_comparison_has_a_valid_configuration() -> None:
+    from stella_kernels.peft import StellaConfig
+
+    found = StellaConfig.from_pretrained(
+        str(COMPARISON / "image-gen" / "experiments" / "stella" / "flux2-klein-rank64")
+    )
+    assert (found.r, found.lora_alpha, found.init_lora_weights) == (64, 64, "zero")
