@@ -13,7 +13,7 @@ import pytest
 
 from bench.accuracy.command import RESULTS
 from bench.accuracy.run import LORA, METHODS, RATES, STELLA, Case, run
-from bench.accuracy.schedule import SEEDS, best_rate, groups, work
+from bench.accuracy.schedule import SEEDS, best_rate, groups, rate_cases, work
 from bench.accuracy.tables import mean_and_error, paired, read, scores, tables
 from bench.accuracy.tasks import synthetic
 
@@ -26,6 +26,16 @@ def test_mean_and_standard_error() -> None:
     # differences 1 and 3 over the seeds that both have: mean 2, deviation sqrt(2), error 1
     assert paired({0: 2.0, 1: 5.0, 7: 9.0}, {0: 1.0, 1: 2.0, 3: 0.0}) == pytest.approx((2.0, 1.0))
     assert math.isnan(mean_and_error([1.0])[1])
+
+
+def test_the_best_rate_is_that_of_the_best_validation_score(tmp_path: Path) -> None:
+    values = dict(zip(RATES, (0.1, 0.7, 0.9, 0.9, 0.2), strict=True))
+    for case in rate_cases("task", "lora", 8):
+        assert best_rate("task", "lora", 8, tmp_path) is None
+        file = tmp_path / case.file
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps({"rate": case.rate, "score": values[case.rate]}))
+    assert best_rate("task", "lora", 8, tmp_path) == RATES[2]  # the smaller of equals
 
 
 @pytest.mark.parametrize("method", METHODS)

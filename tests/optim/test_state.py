@@ -7,9 +7,10 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 from torch.optim import AdamW
 
-from stella_kernels.nn import stiefel_factors
+from stella_kernels.nn import StiefelFactor, stiefel_factors
 from stella_kernels.optim import StellaAdamW, attach
 from tests.optim.stiefel_problem import (
     F64,
@@ -25,6 +26,7 @@ from tests.optim.stiefel_problem import (
     torch_adamw,
     values,
 )
+from tests.random_matrices import orthonormal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -88,6 +90,31 @@ def test_a_counter_that_was_set_is_heeded(how: str) -> None:
     factors = [[f.parameter for f in stiefel_factors(m)] for m in models]
     same = [torch.equal(a, b) for a, b in zip(*factors, strict=True)]
     assert same == [False, True, True, True]  # the bias correction of step 10 is another than that of step 4
+
+
+def test_counters_that_differ_beside_several_dtypes() -> None:
+    """A call for each dtype, of places that alternate: each factor takes the step that it takes alone."""
+    torch.manual_seed(5)
+    dtypes = [torch.float32, torch.float64, torch.float32, torch.float64]
+    factors = [nn.Parameter(orthonormal(20, 3, dtype=dtype)) for dtype in dtypes]
+    alone = [nn.Parameter(p.detach().clone()) for p in factors]
+
+    def built(parameters: list[nn.Parameter]) -> StellaAdamW:
+        named = [StiefelFactor(p, False, f"factor {i}") for i, p in enumerate(parameters)]
+        return StellaAdamW(parameters, factors=named, grad_scaling=False, weight_decay=0.0, lr=0.1)
+
+    together, single = built(factors), [built([p]) for p in alone]
+    for step in range(2):
+        for i, (p, own) in enumerate(zip(factors, alone, strict=True)):
+            own.grad = torch.randn_like(own)
+            p.grad = own.grad.clone()
+            if step == 1:
+                for state in (together.state[p], single[i].state[own]):
+                    state["step"].fill_(2.0 + 3.0 * i)
+        for optimizer in (together, *single):
+            optimizer.step()
+    assert [float(together.state[p]["step"]) for p in factors] == [3.0, 6.0, 9.0, 12.0]
+    assert all(torch.equal(p, own) for p, own in zip(factors, alone, strict=True))
 
 
 @pytest.mark.parametrize("attached", [False, True])
