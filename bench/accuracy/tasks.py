@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import random
 from collections.abc import Callable
@@ -54,8 +55,6 @@ def _below(model: Blocks, x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _tail(model: Blocks) -> Callable[[], Blocks]:
-    import copy
-
     def fresh() -> Blocks:
         return Blocks([copy.deepcopy(list(model.blocks)[-1])], copy.deepcopy(model.last_norm))
 
@@ -108,24 +107,15 @@ def _fashion(data: Path) -> Task:
 def load(name: str, data: Path) -> Task:
     """The task, its frozen part out of ``data/accuracy`` where it was computed before."""
     make = (lambda: _fashion(data)) if name == "fashion" else (lambda: _reviews(name, data))
-    file = data / "accuracy" / f"{name}.pt"
+    sizes = f"{VALIDATION}-{TEST}-{POOL}-{PIXELS if name == 'fashion' else LONGEST}"
+    file = data / "accuracy" / f"{name}-{sizes}.pt"
     if file.exists():
         stored = torch.load(file, weights_only=True)
         model = DinoV2().model if name == "fashion" else MiniLM().model
-        sizes = (stored["classes"], stored["training"], (VALIDATION, TEST))
-        return Task(name, stored["x"], stored["mask"], stored["y"], *sizes, _tail(model))
+        kept = (stored["x"], stored["mask"], stored["y"], stored["classes"], stored["training"])
+        return Task(name, *kept, (VALIDATION, TEST), _tail(model))
     task = make()
     file.parent.mkdir(parents=True, exist_ok=True)
     stored = {"x": task.x, "mask": task.mask, "y": task.y, "classes": task.classes, "training": task.training}
     torch.save(stored, file)
     return task
-
-
-def synthetic() -> Task:
-    """A tiny task for tests: 3 classes of random sequences, a block of width 16."""
-    from bench.accuracy.encoder import Block
-
-    torch.manual_seed(0)
-    block, y = Block(2, before=True, eps=1e-6, width=16, inner=32).requires_grad_(False), torch.arange(90) % 3
-    x = torch.randn(90, 4, 16) + 2 * torch.randn(3, 16)[y][:, None]
-    return Task("synthetic", x, None, y, 3, 40, (20, 20), _tail(Blocks([block], None)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -10,14 +11,24 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.accuracy.command import RESULTS
+from bench.accuracy.encoder import Block, Blocks
 from bench.accuracy.run import LORA, METHODS, RATES, STELLA, Case, run
 from bench.accuracy.schedule import SEEDS, best_rate, groups, rate_cases, work
 from bench.accuracy.tables import mean_and_error, paired, read, scores, tables
-from bench.accuracy.tasks import synthetic
+from bench.accuracy.tasks import Task
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+
+
+def synthetic() -> Task:
+    """3 classes of random sequences, a block of width 16."""
+    torch.manual_seed(0)
+    block, y = Block(2, before=True, eps=1e-6, width=16, inner=32).requires_grad_(False), torch.arange(90) % 3
+    x = torch.randn(90, 4, 16) + 2 * torch.randn(3, 16)[y][:, None]
+    return Task("synthetic", x, None, y, 3, 40, (20, 20), lambda: Blocks([copy.deepcopy(block)], None))
 
 
 def test_mean_and_standard_error() -> None:
