@@ -1,4 +1,4 @@
-"""Fine-tune SmolLM2-135M with StelLA through PEFT, and see what the native geometry gained: ``make demo``.
+"""Fine-tune SmolLM2-135M with StelLA through PEFT, LoRA beside it, and see what the geometry costs: ``make demo``.
 
 The model learns to continue "Review: …\\nSentiment:" with " positive" or " negative" on movie reviews rated by people.
 Every promise is checked at the end; the exit status says whether all held.
@@ -12,10 +12,11 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -36,6 +37,16 @@ MAX_REVIEW_TOKENS = 40
 EVALUATION_BATCH = 32
 COMPARED_PROMPTS = 8
 WANTED_RATIO = 5.0
+TURN = 3  # timed steps in a row: the first after another optimizer's measures the factors that were moved meanwhile
+
+
+@dataclass(frozen=True)
+class Way:
+    """A model, what moves it, and the times of its steps."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    clock: StepClock = field(default_factory=StepClock)
 
 
 def answer_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -58,29 +69,28 @@ def evaluate(model: nn.Module, reviews: Sequence[Review], prompts: Prompts, titl
 
 
 def train(
-    model: nn.Module,
-    optimizers: Sequence[tuple[torch.optim.Optimizer, StepClock]],
+    ways: Sequence[Way],
     batches: Iterator[list[Review]],
     prompts: Prompts,
     steps: int,
     title: str,
 ) -> float:
-    """Take ``steps`` steps, of the optimizers in turn, each with its clock; return the largest ``‖QᵀQ − I‖`` that any
-    factor showed after any of them."""
-    model.train()
-    factors = stiefel_factors(model)
+    """Take ``steps`` steps, ``TURN`` in each way by turns; return the largest ``‖QᵀQ − I‖`` that a factor showed after
+    any of them."""
     largest = 0.0
     with tqdm(range(steps), desc=title, unit="step") as progress:
         for step in progress:
-            optimizer, clock = optimizers[step % len(optimizers)]
+            way = ways[step // TURN % len(ways)]
+            way.model.train()
             inputs, labels = prompts.batch(next(batches))
-            clock.start()
-            loss = cross_entropy(answer_logits(model, inputs), prompts.answer_tokens[labels])
+            way.clock.start()
+            loss = cross_entropy(answer_logits(way.model, inputs), prompts.answer_tokens[labels])
             loss.backward()
-            optimizer.step()
-            clock.finish()
-            optimizer.zero_grad()
-            largest = max(largest, *(float(orthonormality_error(factor.view.double())) for factor in factors))
+            way.optimizer.step()
+            way.clock.finish()
+            way.optimizer.zero_grad()
+            for factor in stiefel_factors(way.model):
+                largest = max(largest, float(orthonormality_error(factor.view.double())))
             progress.set_postfix(loss=f"{loss.item():.3f}", orthonormality=f"{largest:.1e}")
     return largest
 
@@ -104,9 +114,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.finetune_smollm2", description=__doc__)
     parser.add_argument("--reviews", type=Path, default=Path(".cache/vaderSentiment-3.3.2.tar.gz"))
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="where the adapter is saved")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--timed-steps", type=int, default=8, help="timed of each geometry, native and as published")
-    parser.add_argument("--held-out", type=int, default=384)
+    parser.add_argument("--steps", type=int, default=40, help="of StelLA, and of LoRA")
+    parser.add_argument("--timed-steps", type=int, default=6, help="timed of each way")
+    parser.add_argument("--held-out", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--alpha", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
@@ -114,25 +124,34 @@ def main() -> int:
     began = time.perf_counter()
     torch.manual_seed(arguments.seed)
 
-    print("SmolLM2-135M on movie reviews, with StelLA; three to six minutes on two cores.", flush=True)
+    print("SmolLM2-135M on movie reviews, with StelLA and LoRA; four to nine minutes on two cores.", flush=True)
     reviews, held_out = split(load_reviews(arguments.reviews), arguments.held_out, arguments.seed)
     base, tokenizer = load_smollm2()
-    fresh_base = copy.deepcopy(base)  # PEFT puts its layers into the model it is given
+    fresh_base, lora_base = copy.deepcopy(base), copy.deepcopy(base)  # PEFT changes the model it is given
     prompts = Prompts(tokenizer, MAX_REVIEW_TOKENS)
     loss_before, accuracy_before = evaluate(base, held_out, prompts, "held out, before")
 
     model = get_peft_model(base, StellaConfig(r=RANK, lora_alpha=arguments.alpha, target_modules=PROJECTIONS))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = StellaAdamW(model, lr=arguments.learning_rate, weight_decay=0.0, fused=True)
-    batches = random_batches(reviews, BATCH, arguments.seed)
     print(f"{len(reviews)} reviews, {sum(p.numel() for p in trainable) / 1e6:.1f} M trained parameters", flush=True)
 
-    clock = StepClock()
-    with clock.around(optimizer):
+    stella = Way(model, optimizer)
+    with stella.clock.around(optimizer):
         pass  # StellaAdamW has no hooks: one call does both, and is timed as the optimizer
-    native_way = [(optimizer, clock)]
-    orthonormality = train(model, native_way, batches, prompts, arguments.steps, "StelLA, native geometry")
+    batches = random_batches(reviews, BATCH, arguments.seed)
+    orthonormality = train([stella], batches, prompts, arguments.steps, "StelLA")
     loss_after, accuracy_after = evaluate(model, held_out, prompts, "held out, after")
+
+    # at the rate where each was best when several were tried on this task: the same
+    lora_config = LoraConfig(r=RANK, lora_alpha=arguments.alpha, target_modules=PROJECTIONS)
+    lora_model = get_peft_model(lora_base, lora_config)
+    lora_trainable = [p for p in lora_model.parameters() if p.requires_grad]
+    lora = Way(lora_model, torch.optim.AdamW(lora_trainable, arguments.learning_rate, weight_decay=0.0, fused=True))
+    with lora.clock.around(lora.optimizer):
+        pass
+    train([lora], random_batches(reviews, BATCH, arguments.seed), prompts, arguments.steps, "LoRA, the same batches")
+    lora_loss, lora_accuracy = evaluate(lora_model, held_out, prompts, "held out, LoRA")
 
     inputs, _ = prompts.batch(held_out[:COMPARED_PROMPTS])
     model.save_pretrained(arguments.output)
@@ -149,13 +168,14 @@ def main() -> int:
     merged_difference = float((merged_logits - logits).abs().max())
 
     adamw = torch.optim.AdamW(trainable, lr=arguments.learning_rate, weight_decay=0.0, fused=True)
-    published_clock = StepClock()
-    with published_clock.around(adamw):
+    as_published = Way(model, adamw)
+    with as_published.clock.around(adamw):
         published_geometry = PublishedGeometry(adamw, stiefel_factors(model), model.config.hidden_size)
-    clock.forget()
-    ways = [*native_way, (adamw, published_clock)]  # in turn, so that what else the machine does slows both
-    train(model, ways, batches, prompts, 2 * arguments.timed_steps, "geometry native and as published")
-    fused, published = clock.median(), published_clock.median()
+    stella.clock.forget()
+    lora.clock.forget()
+    ways = [stella, as_published, lora]  # by turns, so that what else the machine does slows all
+    train(ways, batches, prompts, len(ways) * arguments.timed_steps, "StelLA, StelLA as published, LoRA")
+    fused, published = stella.clock.median(), as_published.clock.median()
     published_geometry.remove()
     # What the geometry adds to AdamW: the fused step less torch's fused AdamW on the same parameters.
     native = Split(fused.forward_backward, published.optimizer, fused.optimizer - published.optimizer)
@@ -166,12 +186,13 @@ def main() -> int:
 
     # Rounding each entry of an exact Q to float32 moves QᵀQ by up to eps sqrt(r); the kernel's own sums take some more.
     manifold_tolerance = 10 * torch.finfo(torch.float32).eps * math.sqrt(RANK)
-    print(f"\nheld out ({len(held_out)} reviews)   before     after")
-    print(f"  loss                 {loss_before:9.3f} {loss_after:9.3f}")
-    print(f"  accuracy             {accuracy_before:9.3f} {accuracy_after:9.3f}")
+    print(f"\nheld out ({len(held_out)} reviews)   before    StelLA      LoRA   ({arguments.steps} steps, r = {RANK})")
+    print(f"  loss                 {loss_before:9.3f} {loss_after:9.3f} {lora_loss:9.3f}")
+    print(f"  accuracy             {accuracy_before:9.3f} {accuracy_after:9.3f} {lora_accuracy:9.3f}")
     print("\none step (medians)         forward+backward    optimizer     geometry        total")
     print(split_line("StellaAdamW", native))
     print(split_line("AdamW, as published", published))
+    print(split_line("LoRA with AdamW", lora.clock.median()))
     print("  (StellaAdamW takes both in one call; its geometry is its time less that of torch's AdamW)")
     print(f"  {gain} (batched torch.linalg.svd)\n")
     print(f"adapter saved to {arguments.output}; {time.perf_counter() - began:.0f} s in all\n")

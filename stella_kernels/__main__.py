@@ -208,5 +208,16 @@ def main(arguments: list[str] | None = None) -> int:
     return info(parsed.json) if parsed.command == "info" else verify(parsed.quick)
 
 
+def _for_a_pipe() -> int:
+    """``main`` for a shell: a reader that has seen enough, as ``head`` has, is no error of ours."""
+    try:
+        status = main()
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's own flush complains
+        return 141  # as a shell reports it of other commands: 128 + SIGPIPE
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_for_a_pipe())

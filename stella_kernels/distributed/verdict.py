@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import NoReturn
 
 import torch
@@ -47,34 +48,38 @@ def verdict(calls: Sequence[Call], sums: Sequence[Tensor], squares: bool) -> Ver
     count = sum(len(call.rows) for call in calls)
     found = Verdict([0.0] * count)
     for call, flat in zip(calls, sums, strict=True):
-        here = flat.double().cpu()
-        begin = 0
-        for r, places in _runs(call):
-            words = sums_words(r)
-            block = here[begin : begin + len(places) * words].view(len(places), words)
-            begin += block.numel()
-            most = torch.finfo(call.rows[0].factor.parameter.dtype).max / 2
+        most = torch.finfo(call.rows[0].factor.parameter.dtype).max / 2
+        for r, places, block in _blocks(flat, [rows.r for rows in call.rows], call.places):
             _judge(found, block, r, places, math.sqrt(most) if squares else most)
     for places in (found.values, found.gradients, found.large):
         places.sort()
     return found
 
 
-def _runs(call: Call) -> list[tuple[int, list[int]]]:
-    """Consecutive factors of one rank."""
-    runs: list[tuple[int, list[int]]] = []
-    for place, rows in zip(call.places, call.rows, strict=True):
-        if not runs or runs[-1][0] != rows.r:
-            runs.append((rows.r, []))
-        runs[-1][1].append(place)
-    return runs
+def drifts(sums: Tensor, ranks: Sequence[int]) -> list[float]:
+    """``‖YᵀY − I‖_F`` of factors with these ranks, read from their ``sums``; a GPU is waited for."""
+    return [d for r, _, block in _blocks(sums, ranks, range(len(ranks))) for d in _drift(block, r).tolist()]
+
+
+def _blocks(flat: Tensor, ranks: Sequence[int], places: Sequence[int]) -> Iterator[tuple[int, Sequence[int], Tensor]]:
+    """Rank, places and sums (k, words) of consecutive factors of one rank."""
+    here = flat.double().cpu()
+    begin = first = 0
+    for r, run in groupby(ranks):
+        k, words = len([*run]), sums_words(r)
+        yield r, places[first : first + k], here[begin : begin + k * words].view(k, words)
+        first, begin = first + k, begin + k * words
+
+
+def _drift(block: Tensor, r: int) -> Tensor:
+    i, j = torch.triu_indices(r, r, device="cpu")
+    once = torch.where(i == j, 1.0, 2.0).double()  # how often an element of the triangle is in the whole
+    return ((block[:, r * r : -1] - (i == j).double()).square() * once).sum(1).sqrt()
 
 
 def _judge(found: Verdict, block: Tensor, r: int, places: Sequence[int], most: float) -> None:
-    i, j = torch.triu_indices(r, r, device="cpu")
-    once = torch.where(i == j, 1.0, 2.0).double()  # how often an element of the triangle is in the whole
-    K, C, norm = block[:, : r * r], block[:, r * r : -1], block[:, -1]
-    drift = ((C - (i == j).double()).square() * once).sum(1).sqrt()
+    K, norm = block[:, : r * r], block[:, -1]
+    drift = _drift(block, r)
     bound = norm + 2.0 * torch.linalg.vector_norm(K, dim=1)
     rows = zip(places, drift.tolist(), norm.tolist(), bound.tolist(), strict=True)
     for place, drift_of, norm_of, bound_of in rows:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..distributed import measures
 from ..distributed.attachment import ShardedFactors
 from ..distributed.rows import is_sharded
 from ..nn import StiefelFactor
 from ..operators.status import DRIFT, INFO_COLUMNS, RESIDUAL, STATUS_OK, STATUS_OVERFLOW
 from ..reference import stiefel
 from . import targets, wrappers
-from .guard import Guard, distance
+from .guard import Guard
 from .interruption import Postponed
 from .memory import Memory
 from .quotient import Product, QuotientStep
@@ -278,7 +279,7 @@ class Attachment:
         bad = [i for i, s in zip(group, status, strict=True) if s != STATUS_OK]
         factors = [self.factors[i] for i in bad]
         off = [f for f in factors if self._guard.off_manifold(f)]
-        self._guard.judge(off, [distance(f) for f in off], _REWRITTEN)
+        self._guard.judge(off, measures.distances(off), _REWRITTEN)
         if off:
             self._guard.settle(off)
             return

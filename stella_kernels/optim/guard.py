@@ -25,7 +25,6 @@ from ..distributed import measures
 from ..distributed.rows import is_sharded
 from ..nn import StiefelFactor, lost_masters, orthonormality_tolerance
 from ..operators.memory import has_memory
-from ..reference import stiefel
 from . import targets
 
 POLICIES = ("error", "retract")
@@ -84,7 +83,7 @@ class Guard:
 
     def off_manifold(self, factor: StiefelFactor) -> bool:
         """Whether it is farther from its manifold than the last step left it; measured."""
-        return not distance(factor) <= self._marks[id(factor.parameter)].allowed
+        return not measures.distances([factor])[0] <= self._marks[id(factor.parameter)].allowed
 
     def refuse_far(self, factors: Iterable[StiefelFactor], state: str) -> None:
         """Raise for those that are off their manifold, where a step has overflowed; ``state`` says what has changed.
@@ -133,7 +132,7 @@ class Guard:
         if lost_masters(touched):
             promised = {id(f.parameter): f.master for f in members()}
             targets.check_masters([replace(f, master=promised.get(id(f.parameter), f.master)) for f in touched])
-        self.judge(touched, [distance(f) for f in touched], "Nothing was changed by this step")
+        self.judge(touched, measures.distances(touched), "Nothing was changed by this step")
         self.settle(touched)
 
     def judge(self, factors: Sequence[StiefelFactor], drifts: Sequence[float], state: str) -> bool:
@@ -205,15 +204,6 @@ def _round_off(factor: StiefelFactor) -> float:
     dtype = factor.parameter.dtype
     w = torch.finfo(torch.float32 if dtype in targets.HALF_DTYPES else dtype).eps
     return (4 * torch.finfo(dtype).eps + 32 * w) * math.sqrt(r)
-
-
-def distance(factor: StiefelFactor) -> float:
-    """‖YᵀY − I‖ in Frobenius norm, in float32 at least and outside autocast."""
-    if is_sharded(factor.parameter):
-        return measures.distances([factor])[0]
-    view = factor.view.float() if factor.parameter.dtype in targets.HALF_DTYPES else factor.view
-    with torch.autocast(view.device.type, enabled=False):
-        return float(stiefel.orthonormality_error(view))
 
 
 @torch.no_grad()

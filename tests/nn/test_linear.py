@@ -271,8 +271,22 @@ def test_any_module_can_take_part() -> None:
 
     assert [f.name for f in stiefel_factors(nn.ModuleDict({"a": Own()}))] == ["a.frame"]
     assert stiefel_factors(nn.Linear(3, 3)) == []
+    by_hand = nn.Module()
+    by_hand.own_stiefel_factors = Own().own_stiefel_factors
+    assert [f.name for f in stiefel_factors(by_hand)] == ["frame"]
+
+
+def test_a_wrapper_that_passes_attributes_on_owns_no_factor() -> None:
+    compiled = torch.compile(StellaLinear(nn.Linear(6, 6), r=2))  # its __getattr__ asks the layer
+    model = nn.Sequential(compiled)
+    names = {name for name, _ in model.named_parameters()}
+    assert [f.name for f in stiefel_factors(model)] == ["0._orig_mod.U", "0._orig_mod.Vt"]
+    assert names >= {f.name for f in stiefel_factors(model)}
+
+
+def test_a_list_is_no_model() -> None:
     with pytest.raises(TypeError, match="model: found list"):
-        stiefel_factors([Own()])  # type: ignore[arg-type]
+        stiefel_factors([nn.Linear(3, 3)])  # type: ignore[arg-type]
 
 
 # The package's face

@@ -59,6 +59,17 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = [sys.executable, "-m", "stella_kernels", "info"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()  # before it writes
+        errors = process.stderr.read()
+    assert "Error" not in errors
+    assert process.returncode == 141
+
+
 def instruction_sets() -> list[str]:
     native = backends.build_info()
     return native.instruction_sets() if native is not None and backends.serving("polar") == "cpu" else []
