@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from bench.accuracy.price import price
 from bench.accuracy.run import METHODS, PUBLISHED
 from bench.accuracy.schedule import groups, work
 from bench.accuracy.tables import tables
@@ -19,6 +20,7 @@ def main(arguments: list[str]) -> int:
     """Run what is missing and print the tables."""
     parser = argparse.ArgumentParser(prog="python -m bench accuracy", description=__doc__)
     parser.add_argument("--tables", action="store_true", help="make no run, print the tables of those that are there")
+    parser.add_argument("--price", action="store_true", help="make no run, time a step of each method and count memory")
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="start no run after so many minutes")
     parser.add_argument("--tasks", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=PUBLISHED)
@@ -27,9 +29,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--data", type=Path, default=Path(".cache"), help="folder of the reviews and the images")
     parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args(arguments)
+    wanted = groups(chosen.tasks, chosen.methods, chosen.ranks)
+    torch.set_num_threads(chosen.threads)
+    if chosen.price:
+        for name in chosen.tasks:
+            print(price(load(name, chosen.data), wanted), flush=True)
+        return 0
     if not chosen.tables:
-        torch.set_num_threads(chosen.threads)
-        wanted = groups(chosen.tasks, chosen.methods, chosen.ranks)
         left = work(wanted, chosen.results, lambda name: load(name, chosen.data), chosen.budget)
         if left:
             print(f"a subset: the budget left out {left} runs and those that depend on them; the same command goes on")

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from bench.accuracy.encoder import LINEAR_LAYERS
+from bench.accuracy.spectra import compare, factors_of
 from bench.accuracy.tasks import Task
 from stella_kernels.checks import NonFiniteError
-from stella_kernels.optim import StellaAdamW
+from stella_kernels.optim import StellaAdamW, attach
 from stella_kernels.peft import StellaConfig
 
 STEPS, BATCH, WARM_UP = 60, 16, 6
@@ -27,6 +28,8 @@ STELLA: dict[str, dict[str, Any]] = {
     "stella-svd": {"init_lora_weights": "svd_major"},
     "stella-diagonal": {"stella_diag_s": True},
     "stella-euclidean": {"stella_geometry": "euclidean"},
+    "stella-quotient": {"stella_geometry": "quotient"},
+    "stella-exp": {"stella_retraction": "exp_map"},
     "stella-unscaled": {"stella_grad_scaling": False},
 }
 LORA: dict[str, dict[str, Any]] = {
@@ -34,6 +37,12 @@ LORA: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True},
     "pissa": {"init_lora_weights": "pissa"},
     "dora": {"use_dora": True},
+}
+# geometries that StellaAdamW does not have: AdamW with hooks, or none for the Euclidean one
+ATTACHED: dict[str, dict[str, Any]] = {
+    "stella-euclidean": {},
+    "stella-quotient": {"geometry": "quotient"},
+    "stella-exp": {"retraction": "exp_map"},
 }
 METHODS = ("probe", "full", *LORA, *STELLA)
 PUBLISHED = ("probe", "full", "lora", "rslora", "pissa", "stella", "stella-zero")  # those of PROTOCOL.md
@@ -80,11 +89,14 @@ def build(case: Case, task: Task) -> tuple[nn.Module, torch.optim.Optimizer]:
     else:
         tail.requires_grad_(case.method == "full")
     model = Classifier(tail, width, task.classes)
-    if case.method in STELLA and case.method != "stella-euclidean":
+    if case.method in STELLA and case.method not in ATTACHED:
         scaling = float(width) if case.method != "stella-unscaled" else False
         return model, StellaAdamW(model, lr=case.rate, weight_decay=0.0, grad_scaling=scaling)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return model, torch.optim.AdamW(trained, lr=case.rate, weight_decay=0.0)
+    adamw = torch.optim.AdamW(trained, lr=case.rate, weight_decay=0.0)
+    if options := ATTACHED.get(case.method):
+        attach(adamw, model, grad_scaling=float(width), **options)
+    return model, adamw
 
 
 def _part(task: Task, model: nn.Module, chosen: Tensor) -> Tensor:
@@ -117,6 +129,7 @@ def factor_of(step: int, steps: int) -> float:
 def run(case: Case, task: Task, steps: int = STEPS) -> dict[str, Any]:
     """Train and score; what goes into the run's JSON."""
     model, optimizer = build(case, task)
+    start = factors_of(model)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor_of(step, steps))
     chosen, generator = task.drawn(case.seed), torch.Generator().manual_seed(case.seed)
     losses: list[float] = []
@@ -153,6 +166,7 @@ def run(case: Case, task: Task, steps: int = STEPS) -> dict[str, Any]:
         "batch": BATCH,
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "curve": [round(statistics.fmean(losses[i : i + 5]), 4) for i in range(0, len(losses), 5)],
+        "adapters": {} if failed or not start else compare(model, start),
         "seconds_a_step": round(statistics.median(seconds), 5) if seconds else None,
         "versions": {"torch": str(torch.__version__), "peft": version("peft"), "transformers": version("transformers")},
     }

@@ -15,8 +15,10 @@ import torch
 
 from bench.accuracy.command import RESULTS
 from bench.accuracy.encoder import Block, Blocks
-from bench.accuracy.run import LORA, METHODS, RATES, STELLA, Case, run
+from bench.accuracy.price import Kept, price
+from bench.accuracy.run import LORA, METHODS, RATES, STELLA, Case, build, loss_of, run
 from bench.accuracy.schedule import SEEDS, best_rate, groups, rate_cases, work
+from bench.accuracy.spectra import compare, factors_of, participation, singular_values, turn
 from bench.accuracy.tables import mean_and_error, paired, read, scores, tables
 from bench.accuracy.tasks import Task
 
@@ -55,6 +57,64 @@ def test_every_method_trains_on_a_tiny_task(method: str) -> None:
     record = run(Case("synthetic", "test", method, 4, 3e-3, 0), task, steps=30)
     assert record["failed"] == ""
     assert record["curve"][-1] < record["curve"][0]
+
+
+def test_singular_values_of_a_product_are_those_of_its_factors() -> None:
+    torch.manual_seed(0)
+    B, A = torch.randn(9, 4).double(), torch.randn(4, 7).double()
+    # backward stable twice over: a few roundings of the largest of 4 values
+    torch.testing.assert_close(singular_values(B, A), torch.linalg.svdvals(B @ A)[:4], rtol=1e-13, atol=1e-13)
+    assert participation(torch.full((5,), 0.3)) == pytest.approx(5.0)
+    assert participation(torch.tensor([2.0, 0.0, 0.0])) == pytest.approx(1.0)
+
+
+def test_a_turn_is_the_mean_squared_sine_of_principal_angles() -> None:
+    start = torch.eye(5, 2).double()
+    angle = 0.3
+    turned = torch.stack(
+        [start[:, 0] * math.cos(angle) + torch.eye(5)[:, 4].double() * math.sin(angle), start[:, 1]], 1
+    )
+    assert turn(start, turned @ torch.tensor([[2.0, 1.0], [0.0, 3.0]]).double()) == pytest.approx(
+        math.sin(angle) ** 2 / 2
+    )
+    assert turn(torch.zeros(5, 2), start) is None
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "stella", "stella-diagonal"])
+def test_what_a_run_did_to_its_adapters_is_that_of_the_dense_weights(method: str) -> None:
+    model, optimizer = build(Case("synthetic", "test", method, 4, 3e-2, 0), task := synthetic())
+
+    def products() -> dict[str, torch.Tensor]:
+        layers = {n: m for n, m in model.named_modules() if hasattr(m, "get_delta_weight")}
+        return {n: m.get_delta_weight("default").detach().double() for n, m in layers.items()}
+
+    start, dense = factors_of(model), products()
+    assert start.keys() == dense.keys()
+    for _ in range(3):
+        loss_of(task, model(task.x[:16], None), task.y[:16]).backward()
+        optimizer.step()
+    found, moved = compare(model, start), products()
+    weights = {n: m.get_base_layer().weight.double() for n, m in model.named_modules() if n in start}
+    change = [float((moved[n] - dense[n]).norm() / weights[n].norm()) for n in start]
+    ranks = [participation(torch.linalg.svdvals(moved[n] - dense[n])) for n in start]
+    # the dense products are rounded to float32, and what is compared to five places
+    assert found["change"] == pytest.approx(sum(change) / len(change), rel=1e-3, abs=1e-5)
+    assert found["change_rank"] == pytest.approx(sum(ranks) / len(ranks), rel=1e-2)
+    assert ("turn_out" in found) == (method != "lora")
+
+
+def test_what_is_kept_for_the_backward_pass_is_counted_once() -> None:
+    weight = torch.nn.Parameter(torch.ones(8, 8))
+    kept = Kept([weight])
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda t: t):
+        hidden = torch.ones(4, 8) @ weight  # keeps its input, 128 bytes
+        (hidden.exp().sum() + hidden.square().sum()).backward()  # keep the exponential and the product, 128 bytes each
+    assert kept.bytes == 3 * 4 * 8 * 4
+
+
+def test_the_price_has_a_line_for_each_method() -> None:
+    table = price(synthetic(), [("synthetic", "lora", 4), ("synthetic", "stella", 4), ("other", "dora", 4)], steps=4)
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == ["| lora", "| stella"]
 
 
 def test_the_schedule_goes_on_where_it_stopped(tmp_path: Path) -> None:
