@@ -283,8 +283,7 @@ class Attachment:
         if off:
             self._guard.settle(off)
             return
-        large = [self.factors[i].name for i, s in zip(group, status, strict=True) if s == STATUS_OVERFLOW]
-        if large:
+        if large := [self.factors[i].name for i, s in zip(group, status, strict=True) if s == STATUS_OVERFLOW]:
             refuse_large(large)
         refuse_non_finite([f.name for f in factors], self.factors)
 
