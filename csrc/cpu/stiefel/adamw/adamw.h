@@ -6,6 +6,7 @@
 #include "stiefel/adamw/columns.h"
 #include "stiefel/adamw/panels.h"
 #include "stiefel/adamw/rows.h"
+#include "stiefel/adamw/short.h"
 #include "stiefel/retract.h"
 
 namespace stella::STELLA_ISA {
@@ -17,6 +18,12 @@ void with_adamw_passes(const AdamwJob& job, int64_t begin, int64_t end, Body&& b
   with_arithmetic(job.factor, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (std::is_same_v<T, float>) {
+      if constexpr (is_short_row(4)) {
+        if (adamw_by_rows(job) && job.factor.r == 4) {
+          ShortRowPasses passes(job, begin, end);
+          return body(passes);
+        }
+      }
       if (adamw_by_rows(job)) {
         RowPasses passes(job, begin, end);
         return body(passes);
