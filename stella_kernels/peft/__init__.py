@@ -14,7 +14,7 @@ require_peft()
 
 from .config import StellaConfig  # noqa: E402  (needs PEFT, which was just checked for)
 from .layer import StellaLayer  # noqa: E402
-from .linear import Linear  # noqa: E402
+from .layers import Conv, Embedding, Linear  # noqa: E402
 from .lora_export import convert_to_lora, save_as_lora, teach_conversion  # noqa: E402
 from .model import StellaModel  # noqa: E402
 from .ranks.reduction import reduce_rank  # noqa: E402
@@ -44,7 +44,9 @@ _FROM_TRAINER = (
 
 __all__ = [
     "OLDEST_PEFT",
+    "Conv",
     "DiagnosticsCallback",
+    "Embedding",
     "Linear",
     "RankSchedule",
     "StellaCallback",

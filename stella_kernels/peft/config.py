@@ -63,6 +63,8 @@ class StellaConfig(PeftConfig):
             the embedding layer.
         ensure_weight_tying: keep tied what the model ties to its input embedding, where that embedding is in
             ``modules_to_save`` or ``trainable_token_indices``.
+        stella_layer_kinds: not to be set. The model writes here, by name, which adapted layers are no linear ones:
+            ``'embedding'``, or the sizes (in, kh, kw) of a convolution's kernel. An export reads it from the folder.
 
     Raises:
         TypeError: a field of a wrong type; the message names it.
@@ -123,12 +125,17 @@ class StellaConfig(PeftConfig):
     ensure_weight_tying: bool = field(
         default=False, metadata={"help": "Keep tied what the model ties to its input embedding."}
     )
+    stella_layer_kinds: dict | None = field(
+        default_factory=dict,
+        metadata={"help": "Written, not read, by the model: 'embedding', or a convolution's kernel sizes, by layer."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = extend_peft_type()
         self.rank_pattern = {} if self.rank_pattern is None else self.rank_pattern
         self.alpha_pattern = {} if self.alpha_pattern is None else self.alpha_pattern
+        self.stella_layer_kinds = self.stella_layer_kinds or {}
         self._check_fields()
         for name in ("target_modules", "exclude_modules"):
             if not isinstance(names := getattr(self, name), str | None):

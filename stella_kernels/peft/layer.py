@@ -1,7 +1,8 @@
 """The PEFT layer: an opaque base layer and, for each adapter, the factors ``U``, ``S`` and ``Vᵀ``.
 
 The base layer may be anything that maps (..., n) to (..., m), quantized or itself a tuner layer: only its output is
-used. Orientation is explicit: ``U`` is stored (m, r) and ``Vᵀ`` (r, n), so a square layer or factor is not ambiguous.
+used; or an embedding, or a convolution, whose weight is a matrix as well. Orientation is explicit: ``U`` is stored
+(m, r) and ``Vᵀ`` (r, n), so a square layer or factor is not ambiguous.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from ..nn import OwnFactor, init_factors
 from ..reference.autocast import without_autocast
 from .config import StellaConfig
-from .factor import Factor, base_device_and_dtype, layer_features, master_dtype
+from .factor import Factor, base_device_and_dtype, layer_features, layer_kind, master_dtype
 
 
 class Seen:
@@ -34,7 +35,7 @@ class StellaLayer(BaseTunerLayer):
     """What every StelLA layer holds: factors and settings by adapter name. Mixed into an ``nn.Module``."""
 
     adapter_layer_names = ("stella_U", "stella_S", "stella_Vt")
-    # PEFT's switch against casting a layer's input to its weight's dtype; here nothing is cast, on or off
+    # PEFT's switch against casting a layer's input to its weight's dtype; only convolutions cast it
     cast_input_dtype_enabled = True
     seen: Seen | None = None
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "stella_U0", "stella_Vt0")
@@ -45,11 +46,15 @@ class StellaLayer(BaseTunerLayer):
         features = layer_features(base)
         if features is None:
             raise TypeError(
-                f"base_layer: found {type(base).__name__}, wanted a linear layer (in_features, out_features)."
+                f"base_layer: found {type(base).__name__}, wanted a linear layer (in_features, out_features), an "
+                "embedding or a convolution."
             )
         self.in_features, self.out_features = features
-        # nn.Linear stores (m, n) and Conv1D (n, m), whatever was configured; others say how by the configuration
-        self.fan_in_fan_out = isinstance(base, Conv1D) or (fan_in_fan_out and not isinstance(base, nn.Linear))
+        self.kind = layer_kind(base)  # None for a linear layer
+        # nn.Linear stores (m, n), Conv1D and embeddings (n, m), whatever was configured; others say how by the
+        # configuration
+        known = isinstance(base, nn.Linear) or self.kind is not None
+        self.fan_in_fan_out = isinstance(base, Conv1D | nn.Embedding) or (fan_in_fan_out and not known)
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
@@ -128,7 +133,7 @@ class StellaLayer(BaseTunerLayer):
         else:
             base: Any = self.get_base_layer()
             with gather_params_ctx(base.weight):
-                weight = dequantize_module_weight(base).detach().to(U.device)
+                weight = dequantize_module_weight(base).detach().to(U.device).flatten(1)  # of a convolution (m, n)
                 init_factors(U, S, Vt, name, weight, self.fan_in_fan_out)
 
     def factors(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:

@@ -18,6 +18,7 @@ from ..serving import factored
 from ..serving.adapter_files import PREFIX, write_adapter
 from ..serving.export import LoraReport, lora_adapter, lora_layer, rounded
 from ..serving.factored import Factored
+from ..serving.layer_kinds import FIELD
 from .layer import StellaLayer, adapter_layers
 from .registration import PREFIX as OURS
 
@@ -168,6 +169,8 @@ def _converted(
     prefix = PREFIX if all(name.startswith(PREFIX) for name in layers) else ""
     config: Any = getattr(model, "peft_config", {}).get(adapter_name)
     described = {} if config is None else config.to_dict()
+    adapted = adapter_layers(model, adapter_name)
+    described[FIELD] = {name.removeprefix(prefix): layer.kind for name, layer in adapted.items()}
     plain = {name.removeprefix(prefix): layer for name, layer in layers.items()}
     settings, tensors, report = lora_adapter(
         plain, described, rank=rank, dtype=dtype, rank_pattern=rank_pattern, also=also

@@ -36,6 +36,26 @@ def quantization_backend(base: nn.Module, model: nn.Module) -> Any:
         return None
 
 
+def check_untied(model: nn.Module, adapter_names: list[str] | None) -> None:
+    """Raise ``ValueError`` where the weight that adapters would be merged into is that of another module as well."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    for name, layer in model.named_modules():
+        if isinstance(layer, MergingLayer) and layer.would_merge(adapter_names):
+            own = f"{name}." if name else ""
+            weight = getattr(layer.get_base_layer(), "weight", None)
+            others = [other for other in owners.get(id(weight), []) if not other.startswith(own)]
+            if others:
+                raise ValueError(
+                    f"merge: the weight of {name!r} is also that of {others[0]!r}, to which the adapter adds nothing; "
+                    "serve the adapter beside the model, or load the base model with tie_word_embeddings=False and a "
+                    "copy of the weight."
+                )
+
+
 @dataclass(frozen=True)
 class Kept:
     """A quantized base layer before a merge: the module, its weight, attributes of objects, the merged adapters."""
@@ -74,12 +94,16 @@ class MergingLayer(StellaLayer):
         self, safe_merge: bool = False, adapter_names: list[str] | None = None, name: str = "this layer"
     ) -> None:
         """Raise what ``merge`` with the same arguments would raise, calling the layer ``name``, and change nothing."""
-        names = self.active_adapters if adapter_names is None else adapter_names
-        adapters = [name for name in self._present(names) if name not in self.merged_adapters]
+        adapters = self.would_merge(adapter_names)
         if adapters and safe_merge:
             self._merged_weight(adapters, True, name)
         elif adapters:
             self._base_weight()
+
+    def would_merge(self, adapter_names: list[str] | None) -> list[str]:
+        """The adapters that ``merge`` of these names (all active ones where None) would add to the base weight."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        return [name for name in self._present(names) if name not in self.merged_adapters]
 
     @torch.no_grad()
     def unmerge(self, adapter_names: list[str] | None = None) -> None:

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from .combination import check_combination, combined_config, combined_factors, set_factors
 from .config import StellaConfig
-from .factor import layer_features
+from .factor import layer_features, layer_kind, why_unfit
 from .layer import StellaLayer
-from .linear import Linear
-from .merging import quantization_backend
+from .layers import AdaptedLayer, layer_class
+from .merging import check_untied, quantization_backend
 from .registration import PREFIX
 from .targets import warn_of_left_out, warn_of_unused, watched, why_never_called
 
@@ -44,8 +44,8 @@ class StellaModel(BaseTuner):
     ``stella_kernels.optim.attach(optimizer, model)``.
 
     Raises:
-        ValueError: a targeted layer cannot take the configured rank, is not linear, or has a parent that reads its
-            weight instead of calling it; no layer has been replaced then.
+        ValueError: a targeted layer cannot take the configured rank, is of no kind that can be adapted, or has a parent
+            that reads its weight instead of calling it; no layer has been replaced then.
     """
 
     prefix: str = PREFIX
@@ -69,6 +69,12 @@ class StellaModel(BaseTuner):
         # what PEFT does for LoRA, which is about no layer of the method's own
         LoraModel._add_modules_to_save_to_tie(cast(Any, self), peft_config, tied_weight_keys)
 
+    def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        raise ValueError(
+            "ensure_weight_tying: found True with an embedding among target_modules, wanted False: StelLA ties whole "
+            "modules and single tokens, not the adapters of an embedding and of a head that shares its weight."
+        )
+
     def inject_adapter(
         self,
         model: nn.Module,
@@ -80,12 +86,15 @@ class StellaModel(BaseTuner):
         """As PEFT's, but what cannot be adapted is refused before the first layer is replaced.
 
         Raises:
-            ValueError: a targeted layer is not linear, is too small for the rank, or is never called by its parent.
+            ValueError: a targeted layer is of no kind that can be adapted, is too small for the rank, or is never
+                called by its parent.
         """
         if state_dict is not None:  # PEFT then takes the layers that it names, whatever the configuration says
             names = {key.rsplit(f".{PREFIX}", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
             present = [name for name, _ in model.named_modules() if name in names]
             self._check_layers(self.peft_config[adapter_name], model, present)
+        config: Any = self.peft_config[adapter_name]
+        config.stella_layer_kinds = {}  # written anew, for the layers of this model
         self._watched_modes: set[bool] = set()  # of training and evaluation, those in which layers have been watched
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
 
@@ -134,8 +143,11 @@ class StellaModel(BaseTuner):
         if features is None:
             raise ValueError(
                 f"target_modules: {name!r} is a {type(base).__name__}, wanted a linear layer (nn.Linear, Conv1D, or a "
-                "quantized one); leave it out, by target_modules or exclude_modules."
+                "quantized one), nn.Embedding, or nn.Conv1d to nn.Conv3d; leave it out, by target_modules or "
+                "exclude_modules."
             )
+        if (reason := why_unfit(base)) is not None:
+            raise ValueError(f"target_modules: {name!r} {reason}; leave it out, by target_modules or exclude_modules.")
         r, _ = _rank_and_alpha(config, name)
         if r > min(features):
             raise ValueError(
@@ -154,10 +166,13 @@ class StellaModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         r, alpha = _rank_and_alpha(peft_config, current_key)
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if (kind := layer_kind(base)) is not None:
+            peft_config.stella_layer_kinds[current_key] = kind
         if isinstance(target, StellaLayer):
             target.update_layer(adapter_name, peft_config, r, alpha)
             return
-        layer = Linear(target, adapter_name, peft_config, r, alpha)
+        layer = layer_class(base)(target, adapter_name, peft_config, r, alpha)
         layer.quantization_backend = quantization_backend(layer.get_base_layer(), self.model)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is trained only once it is set active
@@ -176,7 +191,7 @@ class StellaModel(BaseTuner):
         A quantized weight is then exactly what it was, another one up to the round-off of its dtype.
 
         Raises:
-            ValueError: with ``safe_merge``, a merged weight is not finite.
+            ValueError: with ``safe_merge``, a merged weight is not finite; or the weight is another module's too.
             TypeError: a base weight is quantized in a way that cannot be written.
         """
         self._check_merge(adapter_names, safe_merge)
@@ -191,11 +206,10 @@ class StellaModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         if merge:  # PEFT merges each layer as it takes it out; here all are merged before the first is
-            self._check_merge_allowed()
             self._check_merge(adapter_names, safe_merge)
             with self._all_or_none():
                 for layer in self.model.modules():
-                    if isinstance(layer, Linear):
+                    if isinstance(layer, AdaptedLayer):
                         with onload_layer(layer):
                             layer.merge(safe_merge, adapter_names)
         with warnings.catch_warnings():
@@ -258,7 +272,7 @@ class StellaModel(BaseTuner):
     @contextmanager
     def _all_or_none(self) -> Iterator[None]:
         """Within: where an error is raised, layers that were merged by then are unmerged again."""
-        layers = [layer for layer in self.model.modules() if isinstance(layer, Linear)]
+        layers = [layer for layer in self.model.modules() if isinstance(layer, AdaptedLayer)]
         before = [(layer, list(layer.merged_adapters), layer.kept_base()) for layer in layers]
         try:
             yield
@@ -272,8 +286,10 @@ class StellaModel(BaseTuner):
             raise
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        self._check_merge_allowed()  # replicated layers share weights too, and have a refusal of their own
+        check_untied(self.model, adapter_names)
         for name, layer in self.model.named_modules():
-            if isinstance(layer, Linear):
+            if isinstance(layer, AdaptedLayer):
                 with onload_layer(layer):
                     layer.check_merge(safe_merge, adapter_names, repr(name))
 
@@ -300,7 +316,7 @@ class StellaModel(BaseTuner):
             if torch.compiler.is_compiling() or self.training in self._watched_modes:
                 yield
                 return
-            layers = [(name, module) for name, module in self.model.named_modules() if isinstance(module, Linear)]
+            layers = [(name, module) for name, module in self.model.named_modules() if isinstance(module, AdaptedLayer)]
             with watched(layers) as seen:
                 yield
             self._watched_modes.add(self.training)

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from torch import nn
 
 from .layer import Seen
-from .linear import Linear
+from .layers import AdaptedLayer
 
 
 def why_never_called(model: nn.Module, name: str) -> str | None:
@@ -84,7 +84,7 @@ def _refused_by_peft(model: nn.Module, child: str) -> str | None:
 
 
 @contextmanager
-def watched(layers: Iterable[tuple[str, Linear]]) -> Iterator[dict[str, Seen]]:
+def watched(layers: Iterable[tuple[str, AdaptedLayer]]) -> Iterator[dict[str, Seen]]:
     """Within: what happens to each of the layers, by name. A layer whose adapters are off or merged is left out."""
     seen = {}
     chosen = [(name, layer) for name, layer in layers if layer.adds_adapters()]

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..checks import NonFiniteError, check_choice
 from . import factored
-from .adapter_files import PREFIX, Settings
+from .adapter_files import Settings
 from .factored import Factored
+from .layer_kinds import FIELD, Kind, lora_tensors
 
 Number = TypeVar("Number", int, float)
 
@@ -160,12 +161,13 @@ def lora_adapter(
     pairs = {name: lora_layer(name, layer, rank) for name, layer in layers.items()}
     ranks = {name: len(A) for name, (A, _) in pairs.items()}
     widest = max(ranks.values())
-    tensors = {}
+    kinds: Mapping[str, Kind] = settings.get(FIELD) or {}
+    tensors: dict[str, Tensor] = {}
     for name, (A, B) in pairs.items():
         missing = 0 if rank_pattern else widest - len(A)
         A, B = torch.nn.functional.pad(A, (0, 0, 0, missing)), torch.nn.functional.pad(B, (0, missing))
-        for kind, matrix in (("A", A), ("B", B)):
-            tensors[f"{PREFIX}{name}.lora_{kind}.weight"] = rounded(matrix, dtype, name)
+        stored = lora_tensors(name, A, B, kinds.get(name))
+        tensors.update({key: rounded(matrix, dtype, name) for key, matrix in stored.items()})
     patterns = by_name({n: r for n, r in ranks.items() if r != widest}, ranks) if rank_pattern else {}
     lora: Settings = {name: settings[name] for name in _CARRIED if name in settings}
     lora.update(

@@ -74,14 +74,15 @@ def import_adapter(
 
     Raises:
         FileNotFoundError: ``source`` holds no adapter.
-        ValueError: it is no plain LoRA of linear layers (DoRA, LoRA of embeddings, a start that changed the base
-            weights, …; the message names the field or the tensor), or ``target`` is ``source``. Nothing was written.
+        ValueError: it is no plain LoRA (DoRA, a convolution with groups, a start that changed the
+            base weights, …; the message names the field or the tensor), or ``target`` is ``source``. Nothing was
+            written.
         NonFiniteError: a matrix holds NaN or an infinity. Nothing was written.
     """
     _check_apart(source, target)
     settings, tensors = read_adapter(source, "LORA")
-    layers, others = lora_layers(settings, tensors)
-    stella, written, ranks = stella_adapter(layers, settings, diagonal=diagonal)
+    layers, kinds, others = lora_layers(settings, tensors)
+    stella, written, ranks = stella_adapter(layers, kinds, settings, diagonal=diagonal)
     write_adapter(target, stella, {**written, **others})
     return ranks
 
@@ -104,6 +105,8 @@ def stella_layers(settings: Settings, tensors: dict[str, Tensor]) -> tuple[dict[
             others[key] = tensor
     if not kinds:
         raise ValueError("the adapter: found no tensor named '….stella_U.weight', wanted the factors of StelLA.")
+    for name in kinds:  # PEFT saves an adapted embedding's own weight, which is the base model's
+        others.pop(f"{PREFIX}{name}.base_layer.weight", None)
     layers = {}
     for name, found in kinds.items():
         if not {"U", "S", "Vt"} <= set(found) or ("U0" in found) != ("Vt0" in found):

@@ -12,6 +12,7 @@ from . import factored
 from .adapter_files import PREFIX, Settings
 from .export import pattern_value
 from .factored import Factored
+from .layer_kinds import FIELD, Kind, as_matrices
 
 _CARRIED = (
     "auto_mapping",
@@ -53,11 +54,14 @@ _HARMLESS = (
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")  # those that leave the base weights alone
 
 
-def lora_layers(settings: Settings, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Factored], dict[str, Tensor]]:
-    """``B A`` of the layers of a LoRA adapter by module name, without its scale, and the tensors of its extras.
+def lora_layers(
+    settings: Settings, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Factored], dict[str, Kind], dict[str, Tensor]]:
+    """``B A`` of the layers of a LoRA adapter by module name, without its scale; the kinds of those that are no linear
+    layers; and the tensors of its extras.
 
     Raises:
-        ValueError: the adapter is no plain LoRA of linear layers; the message names the field or the tensor.
+        ValueError: the adapter is no plain LoRA; the message names the field or the tensor.
     """
     for field, value in settings.items():
         if field not in _CARRIED and field not in _HARMLESS and value:
@@ -75,40 +79,42 @@ def lora_layers(settings: Settings, tensors: Mapping[str, Tensor]) -> tuple[dict
     others = {}
     for key, tensor in tensors.items():
         name, mark, kind = key.removesuffix(".weight").rpartition(".lora_")
-        if mark and kind in ("A", "B") and tensor.dim() == 2:
+        if mark and kind in ("A", "B", "embedding_A", "embedding_B"):
             pairs.setdefault(name.removeprefix(PREFIX), {})[kind] = tensor
         elif mark:
             raise ValueError(
-                f"{key}: found a tensor of shape {tuple(tensor.shape)}, wanted lora_A (r, n) and lora_B (m, r) of "
-                "linear layers; embeddings, convolutions and biases of LoRA have no counterpart in StelLA."
+                f"{key}: found a tensor of shape {tuple(tensor.shape)}, wanted lora_A and lora_B, or lora_embedding_A "
+                "and lora_embedding_B; biases and magnitudes of LoRA have no counterpart in StelLA."
             )
         else:
             others[key] = tensor
     if not pairs:
         raise ValueError("the adapter: found no tensor named '….lora_A.weight', wanted the matrices of LoRA.")
-    layers = {}
+    layers: dict[str, Factored] = {}
+    kinds: dict[str, Kind] = {}
     for name, found in pairs.items():
-        if len(found) != 2 or found["A"].shape[0] != found["B"].shape[1]:
-            shapes = {kind: tuple(matrix.shape) for kind, matrix in found.items()}
-            raise ValueError(f"{name}: found {shapes}, wanted lora_A (r, n) and lora_B (m, r).")
+        A, B, layer_kind = as_matrices(name, found)
         if not all(bool(matrix.isfinite().all()) for matrix in found.values()):
             raise NonFiniteError(f"{name}: its matrices hold NaN or an infinity; nothing was written.", [name])
-        layers[name] = factored.from_lora(found["A"], found["B"])
-    return layers, others
+        layers[name] = factored.from_lora(A, B)
+        if layer_kind is not None:
+            kinds[name] = layer_kind
+    return layers, kinds, others
 
 
 def stella_adapter(
-    layers: Mapping[str, Factored], settings: Settings, *, diagonal: bool = False
+    layers: Mapping[str, Factored], kinds: Mapping[str, Kind], settings: Settings, *, diagonal: bool = False
 ) -> tuple[Settings, dict[str, Tensor], dict[str, int]]:
     """The configuration, the tensors (float32) and the ranks of the StelLA adapter. The scale stays the LoRA's own.
 
     Args:
         layers: by module name, of LoRA's rank.
+        kinds: of those layers that are not linear.
         settings: the LoRA adapter's configuration.
         diagonal: S as its singular values, and ``stella_diag_s``.
     """
     stella: Settings = {name: settings[name] for name in _CARRIED if name in settings}
-    stella.update({"peft_type": "STELLA", "inference_mode": True, "stella_diag_s": diagonal})
+    stella.update({"peft_type": "STELLA", "inference_mode": True, "stella_diag_s": diagonal, FIELD: kinds})
     ranks, alphas = dict(stella.get("rank_pattern") or {}), dict(settings.get("alpha_pattern") or {})
     tensors, found_ranks = {}, {}
     for name, layer in layers.items():

@@ -93,7 +93,7 @@ def test_layers_to_transform_exclude_and_patterns():
         ),
         ({"target_modules": "all-linear", "r": 20}, r"r: found 20 .*k_proj"),
         ({"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"up_proj": 40}}, r"r: found 40 .*up_proj"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, r"target_modules: .*embed_tokens' is a Embedding"),
+        ({"target_modules": ["q_proj", "norm"]}, r"target_modules: .*norm' is a LlamaRMSNorm, wanted a linear"),
     ],
 )
 def test_a_layer_that_cannot_be_adapted_is_named_and_no_other_replaced(settings, message):

@@ -142,10 +142,12 @@ def test_what_is_no_plain_lora_is_refused_by_name(tmp_path, field, value):
     assert not (tmp_path / "stella").exists()
 
 
-def test_tensors_of_other_layers_than_linear_are_refused(tmp_path):
+def test_lora_of_an_embedding_is_imported(tmp_path):
     lora(llama(), target_modules=["q_proj", "embed_tokens"]).save_pretrained(tmp_path / "lora")
-    with pytest.raises(ValueError, match=r"embed_tokens\.lora_embedding_A: found a tensor of shape"):
-        import_adapter(tmp_path / "lora", tmp_path / "stella")
+    assert "model.embed_tokens" in import_adapter(tmp_path / "lora", tmp_path / "stella")
+
+
+def test_a_matrix_without_its_partner_is_refused(tmp_path):
     lora(llama(), target_modules=["q_proj"]).save_pretrained(tmp_path / "half")
     weights = tmp_path / "half" / "adapter_model.safetensors"
     tensors = load_file(weights)

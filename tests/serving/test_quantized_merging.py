@@ -15,7 +15,7 @@ pytest.importorskip("peft.utils.quantization_utils", reason="this PEFT cannot wr
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from stella_kernels.peft.linear import Linear
+from stella_kernels.peft.layers.linear import Linear
 from tests.peft.models import adapted, difference, stella_layers, stir
 
 WIDTH = 64

@@ -1,26 +1,24 @@
-"""The linear layer with StelLA adapters, as PEFT calls it."""
+"""What every StelLA layer does when it is called and loaded, whatever its base layer computes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from .. import functional
-from ..nn import Term, adapted_output, is_untouched, start_term
-from ..nn.masters import start_fits
-from .config import StellaConfig
-from .merging import MergingLayer
+from ...nn import Term, start_term
+from ...nn.masters import start_fits
+from ..config import StellaConfig
+from ..merging import MergingLayer
 
 
-class Linear(nn.Module, MergingLayer):
-    """A linear layer (``nn.Linear``, ``Conv1D``, or quantized) with StelLA adapters.
+class AdaptedLayer(nn.Module, MergingLayer):
+    """A base layer with StelLA adapters. A subclass says how an adapter's output comes about: ``_plus``.
 
     Args:
-        base_layer: the layer to adapt, (..., n) to (..., m).
+        base_layer: the layer to adapt.
         adapter_name: the name of the first adapter.
         config: its configuration.
         r: its rank.
@@ -36,7 +34,7 @@ class Linear(nn.Module, MergingLayer):
         self.update_layer(adapter_name, config, r, lora_alpha)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """The base layer's output, (..., n) to (..., m), plus that of every active adapter.
+        """The base layer's output plus that of every active adapter.
 
         ``adapter_names`` names instead an adapter for each row of the batch (``'__base__'``: none); inference only.
 
@@ -52,16 +50,14 @@ class Linear(nn.Module, MergingLayer):
         active = self._present(self.active_adapters)
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
-        terms = [term for adapter in active for term in self._terms(adapter)]
-        return adapted_output(self.base_layer, x, terms, self._owns_output(), args=args, kwargs=kwargs)
+        return self._adapted(x, [term for adapter in active for term in self._terms(adapter)], args, kwargs)
 
-    def _owns_output(self) -> bool:
-        """Whether what the base layer returns is nobody else's, so that the adapter may be added to it in place.
+    def _adapted(self, x: Tensor, terms: Sequence[Term], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        return self._plus(self.base_layer(x, *args, **kwargs), x, terms)
 
-        A hook may keep the output, and autograd forbids writing to views that some quantized layers and backward hooks
-        return.
-        """
-        return type(self.base_layer) in (nn.Linear, Conv1D, Linear) and is_untouched(self.base_layer)
+    def _plus(self, y: Tensor, x: Tensor, terms: Sequence[Term]) -> Tensor:
+        """``y``, an output of the base layer, plus what the terms add for the input ``x``, in the dtype of ``y``."""
+        raise NotImplementedError
 
     def _terms(self, adapter: str) -> Iterator[Term]:
         """The adapter, and what is taken away of one that starts as 'pseudo_zero'."""
@@ -80,10 +76,7 @@ class Linear(nn.Module, MergingLayer):
         y = self.base_layer(x, *args, **kwargs)
         for adapter in self._present(sorted(set(adapter_names))):
             rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter], device=x.device)
-            part, rows_of_x = y[rows], x[rows]  # copies: each term may be added in place
-            for term in self._terms(adapter):
-                part = functional.stella_adapter(part, rows_of_x, *term)
-            y = y.index_copy(0, rows, part)
+            y = y.index_copy(0, rows, self._plus(y[rows], x[rows], list(self._terms(adapter))))
         return y
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -103,8 +96,8 @@ class Linear(nn.Module, MergingLayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """PEFT can turn the adapter into a LoRA: it adds ``get_delta_weight``."""
-        return True
+        """PEFT's own conversion writes matrices of linear layers only; ``save_as_lora`` of ours writes every kind."""
+        return self.kind is None
 
     def __repr__(self) -> str:
         return "stella." + super().__repr__()
