@@ -27,9 +27,10 @@ class StellaConfig(PeftConfig):
 
     Args:
         r: rank; at most the smaller dimension of every layer it is put on.
-        target_modules: names (or endings of names) of the layers to adapt, a regular expression for whole names, or
-            ``'all-linear'``, which leaves out, with a warning, layers whose parent never calls them (the ``out_proj``
-            of ``nn.MultiheadAttention``). Default: PEFT's choice for LoRA on the model's type.
+        target_modules: names (or endings of names) of the layers to adapt (linear layers, embeddings, convolutions), a
+            regular expression for whole names, or ``'all-linear'``, which leaves out, with a warning, layers whose
+            parent never calls them (the ``out_proj`` of ``nn.MultiheadAttention``). Default: PEFT's choice for LoRA on
+            the model's type.
         exclude_modules: names (or endings of names), or a regular expression, of layers to leave out.
         lora_alpha: scale of the adapter: ``s = lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``.
         lora_dropout: probability, below 1, of dropping an element of the adapter's input while training.
@@ -64,7 +65,8 @@ class StellaConfig(PeftConfig):
         ensure_weight_tying: keep tied what the model ties to its input embedding, where that embedding is in
             ``modules_to_save`` or ``trainable_token_indices``.
         stella_layer_kinds: not to be set. The model writes here, by name, which adapted layers are no linear ones:
-            ``'embedding'``, or the sizes (in, kh, kw) of a convolution's kernel. An export reads it from the folder.
+            ``'embedding'``, the sizes (in, kh, kw) of a convolution's kernel, or in words a convolution that PEFT's
+            LoRA does not compute. An export reads it from the folder.
 
     Raises:
         TypeError: a field of a wrong type; the message names it.
@@ -127,7 +129,7 @@ class StellaConfig(PeftConfig):
     )
     stella_layer_kinds: dict | None = field(
         default_factory=dict,
-        metadata={"help": "Written, not read, by the model: 'embedding', or a convolution's kernel sizes, by layer."},
+        metadata={"help": "Written by the model, not read: kinds of the layers that are not linear, by name."},
     )
 
     def __post_init__(self) -> None:
@@ -135,7 +137,7 @@ class StellaConfig(PeftConfig):
         self.peft_type = extend_peft_type()
         self.rank_pattern = {} if self.rank_pattern is None else self.rank_pattern
         self.alpha_pattern = {} if self.alpha_pattern is None else self.alpha_pattern
-        self.stella_layer_kinds = self.stella_layer_kinds or {}
+        self.stella_layer_kinds = {} if self.stella_layer_kinds is None else self.stella_layer_kinds
         self._check_fields()
         for name in ("target_modules", "exclude_modules"):
             if not isinstance(names := getattr(self, name), str | None):
@@ -158,6 +160,10 @@ class StellaConfig(PeftConfig):
         _check_names("layers_pattern", self.layers_pattern, single="a name, or ")
         _check_pattern("rank_pattern", self.rank_pattern, check_whole_number)
         _check_pattern("alpha_pattern", self.alpha_pattern, check_finite_number)
+        if not isinstance(self.stella_layer_kinds, dict):
+            raise TypeError(
+                f"stella_layer_kinds: found {self.stella_layer_kinds!r}, wanted what a model writes; leave it out."
+            )
         indices = self.layers_to_transform
         for index in [] if indices is None else indices if isinstance(indices, _COLLECTIONS) else [indices]:
             check_whole_number("layers_to_transform", index, smallest=0)

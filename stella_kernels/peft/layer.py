@@ -20,8 +20,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ..nn import OwnFactor, init_factors
 from ..reference.autocast import without_autocast
+from .base_layer import largest_rank, layer_features, layer_kind
 from .config import StellaConfig
-from .factor import Factor, base_device_and_dtype, layer_features, layer_kind, master_dtype
+from .factor import Factor, base_device_and_dtype, master_dtype
 
 
 class Seen:
@@ -35,7 +36,7 @@ class StellaLayer(BaseTunerLayer):
     """What every StelLA layer holds: factors and settings by adapter name. Mixed into an ``nn.Module``."""
 
     adapter_layer_names = ("stella_U", "stella_S", "stella_Vt")
-    # PEFT's switch against casting a layer's input to its weight's dtype; only convolutions cast it
+    # PEFT's switch against casting a layer's input to its weight's dtype; here nothing is cast, on or off
     cast_input_dtype_enabled = True
     seen: Seen | None = None
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "stella_U0", "stella_Vt0")
@@ -77,8 +78,9 @@ class StellaLayer(BaseTunerLayer):
             ValueError: ``r`` is larger than the smaller of m and n: there is no U or V with r orthonormal columns.
         """
         m, n = self.out_features, self.in_features
-        if not 1 <= r <= min(m, n):
-            raise ValueError(f"r: found {r} for a layer of {n} inputs and {m} outputs, wanted 1 <= r <= {min(m, n)}.")
+        most = largest_rank(self.get_base_layer(), n, m)
+        if not 1 <= r <= most:
+            raise ValueError(f"r: found {r} for a layer of {n} inputs and {m} outputs, wanted 1 <= r <= {most}.")
         device, base_dtype = base_device_and_dtype(self.get_base_layer())
         dtype = master_dtype(base_dtype)
         if device is not None and device.type == "meta":
@@ -133,8 +135,12 @@ class StellaLayer(BaseTunerLayer):
         else:
             base: Any = self.get_base_layer()
             with gather_params_ctx(base.weight):
-                weight = dequantize_module_weight(base).detach().to(U.device).flatten(1)  # of a convolution (m, n)
+                weight = self._as_matrix(dequantize_module_weight(base).detach().to(U.device))
                 init_factors(U, S, Vt, name, weight, self.fan_in_fan_out)
+
+    def _as_matrix(self, weight: Tensor) -> Tensor:
+        """The base weight as the matrix whose singular vectors an adapter may start from, (m, n) or (n, m)."""
+        return weight
 
     def factors(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
         """U (m, r), S (r, r) or (r,), Vᵀ (r, n) of an adapter of this layer."""

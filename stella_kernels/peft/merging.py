@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .factor import master_dtype
 from .layer import StellaLayer
@@ -36,24 +37,52 @@ def quantization_backend(base: nn.Module, model: nn.Module) -> Any:
         return None
 
 
-def check_untied(model: nn.Module, adapter_names: list[str] | None) -> None:
-    """Raise ``ValueError`` where the weight that adapters would be merged into is that of another module as well."""
+def separate_shared_weights(model: nn.Module, adapter_names: list[str] | None) -> None:
+    """Give each layer that is about to be merged a weight of its own where it shares it with another module, and warn.
+
+    Adapters of a tied embedding are none of the head's: added to the weight of both, they would change the head too.
+    """
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(name)
+    shared = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, MergingLayer) and layer.would_merge(adapter_names):
+        if isinstance(layer, MergingLayer) and layer.would_merge(adapter_names) and layer.quantization_backend is None:
             own = f"{name}." if name else ""
-            weight = getattr(layer.get_base_layer(), "weight", None)
-            others = [other for other in owners.get(id(weight), []) if not other.startswith(own)]
+            weight = layer.get_base_layer()._parameters.get("weight")
+            owner_names = owners.get(id(weight), [])
+            others = [other.split(".base_layer")[0] for other in owner_names if not other.startswith(own)]
             if others:
-                raise ValueError(
-                    f"merge: the weight of {name!r} is also that of {others[0]!r}, to which the adapter adds nothing; "
-                    "serve the adapter beside the model, or load the base model with tie_word_embeddings=False and a "
-                    "copy of the weight."
-                )
+                shared[name] = (layer, others)
+    for name, (layer, others) in shared.items():
+        warnings.warn(
+            f"merge: the weight of {name!r} is also that of {', '.join(map(repr, others))}, to which its adapter adds "
+            "nothing, so the layer is given a copy of its own to merge into (unmerging ties it again). Save a merged "
+            "model with tie_word_embeddings=False in its configuration; merge_and_unload sets that.",
+            stacklevel=3,
+        )
+        layer.separate_weight()
+
+
+def declare_untied(model: Any) -> None:
+    """Have the configuration say so where the input and the output embeddings of ``model`` share no weight any more.
+
+    Else a saved model would be tied again when it is loaded.
+    """
+    if not any(isinstance(layer, MergingLayer) and layer.shared_weight for layer in model.modules()):
+        return
+    try:
+        taken_in, put_out = model.get_input_embeddings(), model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return  # no transformers model, or one without embeddings
+    if taken_in is None or put_out is None or taken_in.weight is put_out.weight:
+        return
+    config: Any = getattr(model, "config", None)
+    for each in (config, config.get_text_config() if hasattr(config, "get_text_config") else None):
+        if each is not None and getattr(each, "tie_word_embeddings", False):
+            each.tie_word_embeddings = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +98,10 @@ class Kept:
 class MergingLayer(StellaLayer):
     """A StelLA layer whose adapters can be merged."""
 
+    # the weight shared with another module that the base layer had before it was given its own; in a tuple, so that it
+    # is no parameter of this layer
+    shared_weight: tuple[nn.Parameter, ...] = ()
+
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters to the base weight, summed in full precision and rounded once to the weight's dtype.
@@ -81,7 +114,7 @@ class MergingLayer(StellaLayer):
 
         Raises:
             ValueError: with ``safe_merge``, the sum is not finite.
-            TypeError: the base weight is quantized in a way that cannot be written.
+            TypeError: the base weight is quantized in a way that cannot be written, or computed from others.
         """
         adapters = self._present(check_adapters_to_merge(self, adapter_names))
         if not adapters:
@@ -114,6 +147,21 @@ class MergingLayer(StellaLayer):
         names = list(self.merged_adapters) if adapter_names is None else adapter_names
         self._set_base_weight(self._base_weight_plus(self._present(names), -1))
         self.merged_adapters = [name for name in self.merged_adapters if name not in names]
+        self.share_weight_again()
+
+    @torch.no_grad()
+    def separate_weight(self) -> None:
+        """Give the base layer a copy of its weight, and keep the one that it shares with another module."""
+        base: Any = self.get_base_layer()
+        self.shared_weight = (base.weight,)
+        base.weight = nn.Parameter(base.weight.detach().clone(), base.weight.requires_grad)
+
+    def share_weight_again(self) -> None:
+        """Undo ``separate_weight`` where no adapter is merged any more."""
+        if self.shared_weight and not self.merged:
+            base: Any = self.get_base_layer()
+            (base.weight,) = self.shared_weight
+            self.shared_weight = ()
 
     def kept_base(self) -> Kept | None:
         """What ``put_back`` needs to undo a merge exactly where the weight is quantized; else None: see ``unmerge``."""
@@ -158,6 +206,12 @@ class MergingLayer(StellaLayer):
                 )
             weight: Tensor = self.quantization_backend.get_base_weight(base)
             return weight.detach()
+        if is_parametrized(base, "weight") or any(f"weight_{part}" in base._parameters for part in ("g", "orig")):
+            raise TypeError(
+                "merge: found a base weight that is computed anew from others (weight_norm, spectral_norm, pruning), "
+                "which would lose the sum; make it a plain one first, as torch.nn.utils.parametrize."
+                "remove_parametrizations does."
+            )
         weight = base.weight.detach()
         # a subclass, as torchao's, may call itself a float and be none
         if type(weight) is not Tensor or not weight.is_floating_point() or weight.element_size() == 1:

@@ -22,12 +22,12 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
+from .base_layer import largest_rank, layer_features, layer_kind, why_unfit
 from .combination import check_combination, combined_config, combined_factors, set_factors
 from .config import StellaConfig
-from .factor import layer_features, layer_kind, why_unfit
 from .layer import StellaLayer
 from .layers import AdaptedLayer, layer_class
-from .merging import check_untied, quantization_backend
+from .merging import declare_untied, quantization_backend, separate_shared_weights
 from .registration import PREFIX
 from .targets import warn_of_left_out, warn_of_unused, watched, why_never_called
 
@@ -149,10 +149,10 @@ class StellaModel(BaseTuner):
         if (reason := why_unfit(base)) is not None:
             raise ValueError(f"target_modules: {name!r} {reason}; leave it out, by target_modules or exclude_modules.")
         r, _ = _rank_and_alpha(config, name)
-        if r > min(features):
+        if r > (most := largest_rank(base, *features)):
             raise ValueError(
                 f"r: found {r} for the layer {name!r} of {features[0]} inputs and {features[1]} outputs, wanted at "
-                f"most {min(features)}; give it a smaller rank by rank_pattern, or leave it out by exclude_modules."
+                f"most {most}; give it a smaller rank by rank_pattern, or leave it out by exclude_modules."
             )
 
     def _create_and_replace(
@@ -179,7 +179,9 @@ class StellaModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
+        with warnings.catch_warnings():  # of tied embeddings, for which PEFT has no remedy
+            warnings.filterwarnings("ignore", "Model with `tie_word_embeddings=True`")
+            super()._check_merge_allowed()
         if any(getattr(config, "layer_replication", None) for config in self.peft_config.values()):
             raise ValueError(
                 "merge: layers replicated by layer_replication share base weights, so adapters cannot be merged."
@@ -188,14 +190,16 @@ class StellaModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As PEFT's, but every layer is checked before the first is changed, and where one fails all are put back.
 
-        A quantized weight is then exactly what it was, another one up to the round-off of its dtype.
+        A quantized weight is then exactly what it was, another one up to the round-off of its dtype. A layer that
+        shares its weight with another module (tied embeddings) is given its own, with a warning, until it is unmerged.
 
         Raises:
-            ValueError: with ``safe_merge``, a merged weight is not finite; or the weight is another module's too.
-            TypeError: a base weight is quantized in a way that cannot be written.
+            ValueError: with ``safe_merge``, a merged weight is not finite.
+            TypeError: a base weight is quantized in a way that cannot be written, or computed from others.
         """
         self._check_merge(adapter_names, safe_merge)
         with self._all_or_none():
+            separate_shared_weights(self.model, adapter_names)
             super().merge_adapter(adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
@@ -208,10 +212,12 @@ class StellaModel(BaseTuner):
         if merge:  # PEFT merges each layer as it takes it out; here all are merged before the first is
             self._check_merge(adapter_names, safe_merge)
             with self._all_or_none():
+                separate_shared_weights(self.model, adapter_names)
                 for layer in self.model.modules():
                     if isinstance(layer, AdaptedLayer):
                         with onload_layer(layer):
                             layer.merge(safe_merge, adapter_names)
+        declare_untied(self.model)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "All adapters are already merged")
             return super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
@@ -283,11 +289,11 @@ class StellaModel(BaseTuner):
                 elif new := [name for name in layer.merged_adapters if name not in merged]:
                     with onload_layer(layer):
                         layer.unmerge(new)
+                layer.share_weight_again()
             raise
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        self._check_merge_allowed()  # replicated layers share weights too, and have a refusal of their own
-        check_untied(self.model, adapter_names)
+        self._check_merge_allowed()
         for name, layer in self.model.named_modules():
             if isinstance(layer, AdaptedLayer):
                 with onload_layer(layer):

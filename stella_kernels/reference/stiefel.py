@@ -81,9 +81,19 @@ def polar_retraction(Y: Tensor, delta: Tensor) -> Tensor:
 
 
 @outside_autocast
+def _zero_where(Q: Tensor, of: Tensor) -> Tensor:
+    """Q, of a QR of ``of``, with the rows exactly zero that are zero in ``of``, where the QR leaves round-off.
+
+    Adam would make a whole step of it; the padding of an adapted embedding is such a row.
+    """
+    return Q * (of != 0).any(-1, keepdim=True)
+
+
 def qr_retraction(Y: Tensor, delta: Tensor) -> Tensor:
     """QR retraction ``qf(Y + Δ)``, the Q of the QR with a positive diagonal (Absil et al. 2008, example 4.1.3)."""
-    Q, R = torch.linalg.qr(Y + delta)
+    moved = Y + delta
+    Q, R = torch.linalg.qr(moved)
+    Q = _zero_where(Q, moved)
     diagonal = R.diagonal(dim1=-2, dim2=-1)  # (..., r)
     sign = torch.where(diagonal < 0, -1.0, 1.0).to(Q.dtype)
     return Q * sign.unsqueeze(-2)
@@ -110,7 +120,8 @@ def exponential_map(Y: Tensor, delta: Tensor) -> Tensor:
     normal = delta - Y @ YtD  # (..., n, r)
     # Y goes in front, so that Q stays orthogonal to Y where the normal part is rank deficient (always, if n < 2r).
     k = min(r, n - r)
-    Q = torch.linalg.qr(torch.cat([Y, normal], dim=-1)).Q[..., r : r + k]  # (..., n, k)
+    both = torch.cat([Y, normal], dim=-1)  # (..., n, 2r)
+    Q = _zero_where(torch.linalg.qr(both).Q[..., r : r + k], both)  # (..., n, k)
     R = Q.mT @ normal  # (..., k, r)
     generator = Y.new_zeros(*torch.broadcast_shapes(A.shape[:-2], R.shape[:-2]), r + k, r + k)
     generator[..., :r, :r] = A

@@ -67,8 +67,8 @@ def orthonormalised(product: Factored) -> Factored:
 
     The core is full. Exact also where the columns are dependent: a Householder Q is orthonormal whatever it is of.
     """
-    Q_left, R_left = torch.linalg.qr(product.left)  # (m, p), (p, k), p = min(m, k)
-    Q_right, R_right = torch.linalg.qr(product.right.mT)  # (n, q), (q, k)
+    Q_left, R_left = _qr(product.left)  # (m, p), (p, k), p = min(m, k)
+    Q_right, R_right = _qr(product.right.mT)  # (n, q), (q, k)
     core = R_left @ product.core @ R_right.mT  # (p, q)
     if core.shape[0] > core.shape[1]:
         Q, core = torch.linalg.qr(core)
@@ -77,6 +77,20 @@ def orthonormalised(product: Factored) -> Factored:
         Q, R = torch.linalg.qr(core.mT)
         Q_right, core = Q_right @ Q, R.mT
     return Factored(Q_left, core, Q_right.mT)
+
+
+def _qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The QR of (n, k), whose Q has the rows exactly zero that ``matrix`` has, as of the padding of an embedding.
+
+    A QR leaves round-off there, of which Adam would make whole steps.
+    """
+    rows = (matrix != 0).any(1)  # (n,)
+    if int(rows.sum()) < min(matrix.shape):
+        Q, R = torch.linalg.qr(matrix)  # too few rows for orthonormal columns
+        return Q, R
+    Q = torch.zeros(matrix.shape[0], min(matrix.shape), dtype=matrix.dtype, device=matrix.device)
+    Q[rows], R = torch.linalg.qr(matrix[rows])
+    return Q, R
 
 
 def singular(product: Factored) -> tuple[Tensor, Tensor, Tensor]:

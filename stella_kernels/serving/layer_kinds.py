@@ -10,7 +10,8 @@ from .adapter_files import PREFIX
 
 FIELD = "stella_layer_kinds"  # of the configuration: the kinds by name, where they are not linear
 
-# 'embedding', the sizes (in, kh, kw) of a convolution's kernel, or None: a linear layer
+# 'embedding'; the sizes (in, kh, kw) of a convolution's kernel; in words, one that PEFT's LoRA does not compute; None:
+# a linear layer
 Kind = str | Sequence[int] | None
 
 
@@ -18,11 +19,19 @@ def lora_tensors(name: str, A: Tensor, B: Tensor, kind: Kind) -> dict[str, Tenso
     """A (r, n) and B (m, r) under the names and in the shapes that PEFT's LoRA of such a layer has.
 
     An embedding's stay as they are; a convolution's are kernels, (r, in, kh, kw) and (m, r, 1, 1).
+
+    Raises:
+        ValueError: PEFT's LoRA computes something else for such a layer.
     """
     if kind == "embedding":
         return {f"{PREFIX}{name}.lora_embedding_A": A, f"{PREFIX}{name}.lora_embedding_B": B}
+    if isinstance(kind, str):
+        raise ValueError(
+            f"{name}: found a {kind}, wanted one that PEFT's LoRA computes, which knows its stride and its padding by "
+            "zeros only; merge the adapter into the model instead."
+        )
     if kind is not None:
-        A, B = A.reshape(-1, *map(int, kind)), B.reshape(*B.shape, *[1] * (len(kind) - 1))
+        A, B = A.unflatten(1, tuple(kind)), B.reshape(*B.shape, *[1] * (len(kind) - 1))
     return {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..factor import is_convolution
+from ..base_layer import CONVOLUTIONS
 from .adapted import AdaptedLayer
 from .convolution import Conv
 from .embedding import Embedding
@@ -12,10 +12,10 @@ from .linear import Linear
 
 
 def layer_class(base: nn.Module) -> type[AdaptedLayer]:
-    """The StelLA layer that takes ``base``, which ``factor.why_unfit`` has nothing against."""
+    """The StelLA layer that takes ``base``, which ``base_layer.why_unfit`` has nothing against."""
     if isinstance(base, nn.Embedding):
         return Embedding
-    return Conv if is_convolution(base) else Linear
+    return Conv if isinstance(base, CONVOLUTIONS) else Linear
 
 
 __all__ = ["AdaptedLayer", "Conv", "Embedding", "Linear", "layer_class"]

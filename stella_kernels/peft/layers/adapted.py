@@ -56,7 +56,10 @@ class AdaptedLayer(nn.Module, MergingLayer):
         return self._plus(self.base_layer(x, *args, **kwargs), x, terms)
 
     def _plus(self, y: Tensor, x: Tensor, terms: Sequence[Term]) -> Tensor:
-        """``y``, an output of the base layer, plus what the terms add for the input ``x``, in the dtype of ``y``."""
+        """``y``, an output of the base layer, plus what the terms add for the input ``x``, in the dtype of ``y``.
+
+        Whoever calls it leaves ``y`` to it, also its memory.
+        """
         raise NotImplementedError
 
     def _terms(self, adapter: str) -> Iterator[Term]:
@@ -96,8 +99,13 @@ class AdaptedLayer(nn.Module, MergingLayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """PEFT's own conversion writes matrices of linear layers only; ``save_as_lora`` of ours writes every kind."""
+        """PEFT's own conversion writes the matrices of linear layers only; ours (``save_as_lora``) the others' too."""
         return self.kind is None
 
     def __repr__(self) -> str:
         return "stella." + super().__repr__()
+
+
+def left_product(U: Tensor, S: Tensor, scale: float) -> Tensor:
+    """``s · U S`` (m, r), in the factors' dtype; S (r, r) or (r,)."""
+    return (U * S if S.dim() == 1 else U @ S) * scale

@@ -20,7 +20,7 @@ class Linear(AdaptedLayer):
         return adapted_output(self.base_layer, x, terms, self._owns_output(), args=args, kwargs=kwargs)
 
     def _plus(self, y: Tensor, x: Tensor, terms: Sequence[Term]) -> Tensor:
-        for term in terms:  # y is a copy: each may be added in place
+        for term in terms:
             y = functional.stella_adapter(y, x, *term)
         return y
 
