@@ -19,8 +19,9 @@ from tests.peft.layers.bases import BASES, EXACT, base_and_input, dense, one_lay
 from tests.peft.models import difference, stir
 
 
-@pytest.mark.parametrize("start", ["rando", "svd_major", "svd_minor", "zero", "pseudo_zero", False])
-@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize(
+    ("start", "diagonal"), [("rando", False), ("svd_major", True), ("pseudo_zero", False), ("pseudo_zero", True)]
+)
 @pytest.mark.parametrize("name", BASES)
 def test_outputs_and_gradients(name, diagonal, start):
     base, x = base_and_input(name)
