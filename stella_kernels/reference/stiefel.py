@@ -63,6 +63,14 @@ def orthonormality_error(Q: Tensor) -> Tensor:
     return torch.linalg.matrix_norm(Q.mT @ Q - identity)
 
 
+def _zero_where(Q: Tensor, of: Tensor) -> Tensor:
+    """Q (..., n, r), with the rows exactly zero that are zero in ``of``, where a factorisation of it leaves round-off.
+
+    Adam would make a whole step of it; the padding of an adapted embedding is such a row.
+    """
+    return Q * (of != 0).any(-1, keepdim=True)
+
+
 @outside_autocast
 def polar_factor(M: Tensor) -> Tensor:
     """Orthogonal polar factor ``uf(M) = M (MᵀM)^(-1/2)``, as ``P Rᵀ`` from the thin SVD ``M = P Σ Rᵀ``.
@@ -70,8 +78,11 @@ def polar_factor(M: Tensor) -> Tensor:
     The matrix with orthonormal columns nearest to M (Higham 2008, Functions of Matrices, theorem 8.4). Where M is
     rank deficient uf(M) is not unique; this returns one such matrix, still with orthonormal columns.
     """
-    P, _, Rt = torch.linalg.svd(M, full_matrices=False)  # (..., n, r), (..., r), (..., r, r)
-    return P @ Rt
+    P, sigma, Rt = torch.linalg.svd(M, full_matrices=False)  # (..., n, r), (..., r), (..., r, r)
+    Q = P @ Rt
+    deficient = sigma[..., -1:] <= M.shape[-2] * torch.finfo(M.dtype).eps * sigma[..., :1]  # (..., 1)
+    # then columns of Q may need the rows that are zero in M
+    return torch.where(deficient.unsqueeze(-1), Q, _zero_where(Q, M))
 
 
 @outside_autocast
@@ -81,14 +92,6 @@ def polar_retraction(Y: Tensor, delta: Tensor) -> Tensor:
 
 
 @outside_autocast
-def _zero_where(Q: Tensor, of: Tensor) -> Tensor:
-    """Q, of a QR of ``of``, with the rows exactly zero that are zero in ``of``, where the QR leaves round-off.
-
-    Adam would make a whole step of it; the padding of an adapted embedding is such a row.
-    """
-    return Q * (of != 0).any(-1, keepdim=True)
-
-
 def qr_retraction(Y: Tensor, delta: Tensor) -> Tensor:
     """QR retraction ``qf(Y + Δ)``, the Q of the QR with a positive diagonal (Absil et al. 2008, example 4.1.3)."""
     moved = Y + delta

@@ -62,6 +62,19 @@ def test_retraction_of_zero_is_the_point(name: str, n: int, r: int) -> None:
     assert torch.linalg.norm(stiefel.RETRACTIONS[name](Y, torch.zeros_like(Y)) - Y) < roundoff(n, r)
 
 
+@pytest.mark.parametrize("zero", [0, 1, 3, 19])
+@pytest.mark.parametrize("name", RETRACTIONS)
+def test_rows_of_zeros_stay_exactly_zero(name: str, zero: int) -> None:
+    others = torch.arange(20) != zero
+    Y, delta = torch.zeros(2, 20, 4, dtype=torch.float64)
+    Y[others] = orthonormal(19, 4)
+    delta[others] = tangent(Y[others])
+    Q = stiefel.RETRACTIONS[name](Y, delta)
+    assert torch.equal(Q[zero], torch.zeros(4))
+    wanted = stiefel.RETRACTIONS[name](Y[others], delta[others])
+    assert torch.linalg.norm(Q[others] - wanted) < roundoff(20, 4)
+
+
 @pytest.mark.parametrize(("n", "r"), [s for s in SHAPES if s != (1, 1)])
 @pytest.mark.parametrize("name", RETRACTIONS)
 def test_retraction_is_first_order(name: str, n: int, r: int) -> None:

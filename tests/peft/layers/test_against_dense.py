@@ -18,6 +18,8 @@ from stella_kernels.peft.base_layer import layer_features
 from tests.peft.layers.bases import BASES, EXACT, base_and_input, dense, one_layer, update
 from tests.peft.models import difference, stir
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.mark.parametrize(
     ("start", "diagonal"), [("rando", False), ("svd_major", True), ("pseudo_zero", False), ("pseudo_zero", True)]

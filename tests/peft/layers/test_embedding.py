@@ -19,6 +19,8 @@ from stella_kernels.serving import import_adapter
 from tests.peft.layers.bases import EXACT, dense, one_layer, update
 from tests.peft.models import difference, orthonormality
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IDS = torch.tensor([[2, 5, 5, 2, 2], [5, 5, 1, 12, 2]])
 
 

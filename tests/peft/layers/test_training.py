@@ -18,11 +18,16 @@ from tests.peft.layers.bases import EXACT, TARGETS, Reader, merged_by_hand, sent
 from tests.peft.models import SAME_LOGITS, adapted, difference, llama, logits, orthonormality, stella_layers, tokens
 from tests.peft.test_trainer import ON_MANIFOLD, arguments, examples
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 
-@pytest.mark.parametrize("way", ["fused", "polar", "exp_map", "qr", "cayley"])
+
+DIAGONAL, WITH_START = {"stella_diag_s": True}, {"init_lora_weights": "pseudo_zero"}
+
+
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"stella_diag_s": True}, {"init_lora_weights": "pseudo_zero"}],
+    ("way", "settings"),
+    [(way, {}) for way in ("fused", "polar", "exp_map", "qr", "cayley")]
+    + [(way, settings) for way in ("fused", "polar") for settings in (DIAGONAL, WITH_START)],
 )
 def test_a_loop_trains_every_kind_on_the_manifold(way, settings):
     base = Reader(torch.float32)
