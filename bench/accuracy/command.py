@@ -21,6 +21,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench accuracy", description=__doc__)
     parser.add_argument("--tables", action="store_true", help="make no run, print the tables of those that are there")
     parser.add_argument("--price", action="store_true", help="make no run, time a step of each method and count memory")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the runs that are there")
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="start no run after so many minutes")
     parser.add_argument("--tasks", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=PUBLISHED)
@@ -39,5 +40,9 @@ def main(arguments: list[str]) -> int:
         left = work(wanted, chosen.results, lambda name: load(name, chosen.data), chosen.budget)
         if left:
             print(f"a subset: the budget left out {left} runs and those that depend on them; the same command goes on")
+    if chosen.plot:
+        from bench.accuracy.plots import save  # matplotlib, for this alone
+
+        save(chosen.results, chosen.plot)
     print(tables(chosen.results))
     return 0

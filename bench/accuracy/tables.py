@@ -1,4 +1,4 @@
-"""Tables and the plot of the study, made from the runs' JSON files alone."""
+"""Tables of the study, made from the runs' JSON files alone."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from bench.accuracy.run import METHODS, RATES
 from bench.accuracy.schedule import SEEDS
 
 Record = dict[str, Any]
+FIRST_RANK = 8
 
 
 def read(results: Path) -> list[Record]:
@@ -38,11 +39,13 @@ def scores(records: list[Record], task: str, method: str, rank: int) -> dict[int
     return {r["seed"]: r["score"] for r in records if (r["task"], r["stage"], r["method"], r["rank"]) == key}
 
 
-def _rows(records: list[Record], task: str, rank: int) -> list[str]:
+def _rows(records: list[Record], task: str, rank: int, floor_and_ceiling: bool) -> list[str]:
     lora = scores(records, task, "lora", rank)
     rows = []
     for method in METHODS:
         own = 0 if method in ("probe", "full") else rank
+        if not own and not floor_and_ceiling:
+            continue
         found = scores(records, task, method, own)
         if not found:
             continue
@@ -73,8 +76,9 @@ def tables(results: Path) -> str:
     ]
     found = {r["task"] for r in records}
     for task in sorted(found):
-        for rank in sorted({r["rank"] for r in records if r["task"] == task} - {0}):
-            lines += _rows(records, task, rank)
+        ranks = sorted({r["rank"] for r in records if r["task"] == task} - {0})
+        for rank in ranks:  # what has no rank is compared with LoRA at that of the protocol's first part
+            lines += _rows(records, task, rank, rank == (FIRST_RANK if FIRST_RANK in ranks else ranks[0]))
     lines += ["", f"| task | method | {' | '.join(f'{rate:g}' for rate in RATES)} |", "|---|---|" + "--:|" * len(RATES)]
     for task in sorted(found):
         for method in METHODS:
@@ -87,4 +91,25 @@ def tables(results: Path) -> str:
                 }
                 name = f"{method}, r = {rank}" if rank else method
                 lines.append(f"| {task} | {name} | " + " | ".join(by.get(rate, "-") for rate in RATES) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_adapters(records)])
+
+
+def _adapters(records: list[Record]) -> list[str]:
+    """What training did to the adapters at the chosen rates, mean over the seeds; of the runs that recorded it."""
+    columns = ("change", "change_rank", "adapter_rank", "turn_in", "turn_out")
+    lines = [
+        "| task | method | r | rate | ‖ΔW‖ / ‖W‖ | rank of ΔW | rank of the adapter | inputs turned | outputs turned |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    told = [r for r in records if r["stage"] == "test" and r.get("adapters")]
+    for task, rank in sorted({(r["task"], r["rank"]) for r in told}):
+        for method in METHODS:
+            runs = [r for r in told if (r["task"], r["rank"], r["method"]) == (task, rank, method)]
+            if not runs:
+                continue
+            means = []
+            for column in columns:
+                values = [r["adapters"][column] for r in runs if column in r["adapters"]]
+                means.append(f"{statistics.fmean(values):.3g}" if values else "-")
+            lines.append(f"| {task} | {method} | {rank} | {runs[0]['rate']:g} | {' | '.join(means)} |")
+    return lines

@@ -15,6 +15,7 @@ import torch
 
 from bench.accuracy.command import RESULTS
 from bench.accuracy.encoder import Block, Blocks
+from bench.accuracy.plots import mean_curve, save
 from bench.accuracy.price import Kept, price
 from bench.accuracy.run import LORA, METHODS, RATES, STELLA, Case, build, loss_of, run
 from bench.accuracy.schedule import SEEDS, best_rate, groups, rate_cases, work
@@ -132,6 +133,18 @@ def test_the_schedule_goes_on_where_it_stopped(tmp_path: Path) -> None:
     kept = json.loads(min(before).read_text())
     again = run(Case(*(kept[key] for key in ("task", "stage", "method", "rank", "rate", "seed"))), task, steps=3)
     assert (again["score"], again["curve"]) == (kept["score"], kept["curve"])
+
+
+def test_the_picture_is_of_the_runs(tmp_path: Path) -> None:
+    task, chosen = synthetic(), groups(["synthetic"], ["lora", "stella"], [4])
+    assert work(chosen, tmp_path, lambda name: task, steps=10) == 0
+    records = read(tmp_path)
+    curve, seconds = mean_curve(records, "synthetic", "stella", 4)
+    tests = [r for r in records if (r["stage"], r["method"]) == ("test", "stella")]
+    assert curve == pytest.approx([sum(r["curve"][i] for r in tests) / len(SEEDS) for i in range(2)])
+    assert seconds == sorted(r["seconds_a_step"] for r in tests)[len(SEEDS) // 2]
+    save(tmp_path, tmp_path / "new" / "picture.png", rank=4)
+    assert (tmp_path / "new" / "picture.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_documents_table_is_that_of_the_runs() -> None:
