@@ -5,119 +5,16 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import json
 import os
-import platform
 import sys
 import time
-from pathlib import Path
 
-import torch
-
-from .environment import VARIABLES
+from .machine import info
 from .operators import backends
-from .operators.signatures import OPERATORS
 from .serving import command as serving_command
 from .verification.case_table import cases
 from .verification.judge import Result, check, implementations
 from .version import __version__
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _triton() -> str:
-    try:
-        return str(importlib.import_module("triton").__version__)
-    except ImportError as error:
-        return f"not available: {error}"
-
-
-def _gpus() -> list[str]:
-    if not torch.cuda.is_available():
-        return []
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-
-
-def describe() -> dict[str, object]:
-    """What ``info`` prints, as plain values."""
-    native = backends.build_info()
-    gpus = _gpus()
-    build = None
-    if native is not None:
-        build = {
-            "compiler": native.compiler,
-            "torch at build": native.torch_at_build,
-            "instruction sets built": native.instruction_sets(),
-            "instruction set chosen": native.instruction_set(),
-            "vector bytes": native.vector_bytes(),
-        }
-    devices = ["cpu", "cuda"] if gpus else ["cpu"]
-    return {
-        "stella_kernels": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "processor": f"{_processor()} ({platform.machine()})",
-        "threads": torch.get_num_threads(),
-        "native build": build,
-        "triton": _triton(),
-        "gpus": gpus,
-        "environment": {name: os.environ[name] for name in VARIABLES if os.environ.get(name)},
-        "backends": {
-            b.name: "available" if b.available else f"not available: {b.why_not}" for b in backends.backends()
-        },
-        "operators": {
-            device: {
-                operator: {
-                    "backend": backends.serving(operator, device),
-                    "why not": backends.passed_over(operator, device),
-                }
-                for operator in OPERATORS
-            }
-            for device in devices
-        },
-    }
-
-
-def info(as_json: bool) -> int:
-    """Print what this machine has and which backend serves which operator."""
-    facts = describe()
-    if as_json:
-        print(json.dumps(facts, indent=2))
-        return 0
-    for key in ("stella_kernels", "python", "torch", "processor", "threads", "triton"):
-        print(f"{key:<16}{facts[key]}")
-    gpus, build, environment = facts["gpus"], facts["native build"], facts["environment"]
-    assert isinstance(gpus, list)
-    print(f"{'gpus':<16}{', '.join(gpus) or 'none that torch can use'}")
-    print(f"{'native build':<16}{'none' if build is None else ''}".rstrip())
-    for key, value in build.items() if isinstance(build, dict) else ():
-        print(f"  {key:<24}{', '.join(value) if isinstance(value, list) else value}")
-    print("environment")
-    assert isinstance(environment, dict)
-    for key, variable in VARIABLES.items():
-        found = environment.get(key, f"not set ({variable.default})" if variable.default else "not set")
-        choices = f" ({' | '.join(variable.choices)})" if variable.choices else ""
-        print(f"  {key:<34}{found:<16}  {variable.meaning}{choices}")
-    for title in ("backends", "operators"):
-        print(title)
-        section = facts[title]
-        assert isinstance(section, dict)
-        for key, value in section.items():
-            if title == "backends":
-                print(f"  {key:<24}{value}")
-                continue
-            for operator, served in value.items():
-                print(f"  {key} {operator:<24}{served['backend']}")
-                for other, reason in served["why not"].items():
-                    print(f"      not {other}: {reason}")
-    return 0
 
 
 def _table(results: list[Result]) -> list[str]:

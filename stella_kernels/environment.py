@@ -1,16 +1,18 @@
 """Every environment variable of the package, in one table: what it means, what it may be, and its value in force.
 
-Nothing is imported here but Python's own library, so that any module may ask.
+Nothing is imported here but Python's own library, so that any module may ask, and setup.py before there is a package.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 PREFIX = "STELLA_KERNELS_"
+_LIKE = r"STELLA_?KERNELS?_"  # and what is meant to be that
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ VARIABLES: dict[str, Variable] = {
         "how Triton multiplies float32 for the Riemannian gradient", choices=("tf32x3", "ieee", "tf32")
     ),
     "STELLA_KERNELS_BUILD": Variable(
-        "what setup.py builds; of no effect on an installed package", "auto", ("auto", "none", "cpu", "cuda")
+        "what setup.py builds; of no effect on an installed package", "auto", ("auto", "none", "cpu")
     ),
 }
 
@@ -58,17 +60,19 @@ def value(name: str) -> str:
     if not variable.choices or not found:
         return found
     if found.lower() not in variable.choices:
-        raise ValueError(f"{name}: found {found!r}, wanted {one_of(variable.choices)}; correct it, or unset it.")
+        near = difflib.get_close_matches(found.lower(), variable.choices, 1)
+        meant = f"did you mean {near[0]!r}? Else unset it" if near else "correct it, or unset it"
+        raise ValueError(f"{name}: found {found!r}, wanted {one_of(variable.choices)}; {meant}.")
     return found.lower()
 
 
 def check() -> None:
     """Raise ``ValueError`` for a variable of the prefix that there is not, and for a value that is no choice."""
     for name in sorted(os.environ):
-        if not name.upper().startswith(PREFIX) or name in VARIABLES:
+        if not re.match(_LIKE, name.upper()) or name in VARIABLES:
             continue
         ends = [known.removeprefix(PREFIX) for known in VARIABLES]
-        near = difflib.get_close_matches(name.upper().removeprefix(PREFIX), ends, 1)
+        near = difflib.get_close_matches(re.sub(_LIKE, "", name.upper()), ends, 1)
         meant = f"did you mean {PREFIX}{near[0]}? Else unset it" if near else "unset it"
         raise ValueError(f"{name}: found set, but there is no such variable, wanted {', '.join(VARIABLES)}; {meant}.")
     for name in VARIABLES:

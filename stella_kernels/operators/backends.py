@@ -8,23 +8,20 @@ everywhere), ``cpu`` or ``triton`` (as auto, but an error that says why where th
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import os
 import shutil
 import sys
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 
 import torch
 
 from .. import environment
 from ..checks import BackendUnavailableError
+from .native.library import Standing, load
 from .signatures import OPERATORS
 
 _LEAST_CAPABILITY = 8  # of an NVIDIA GPU, its major number
-_LIBRARY = Path(__file__).parents[1] / "_cpu.so"
 
 
 @dataclass(frozen=True)
@@ -84,52 +81,20 @@ def triton_missing() -> str:
     return ""
 
 
-def build_info() -> ModuleType | None:
-    """The pybind11 module with build information and plans, or None where nothing native was built."""
-    try:
-        return importlib.import_module("stella_kernels._build_info")
-    except ImportError:
-        return None
-
-
-def _check_instruction_set() -> None:
-    """Raise ``ValueError`` where ``STELLA_KERNELS_ISA`` asks for kernels that are not built or cannot run here."""
-    wanted, native = environment.value("STELLA_KERNELS_ISA"), build_info()
-    if wanted and native is not None and wanted not in native.instruction_sets_here():
-        raise ValueError(
-            f"STELLA_KERNELS_ISA: found {wanted!r}, wanted {environment.one_of(native.instruction_sets_here())}, which "
-            f"this processor has (in this build: {', '.join(native.instruction_sets())}); unset it for the best."
-        )
-
-
-def _load_cpu_library() -> Backend:
-    choice = requested()
-    if choice == "reference":
-        return Backend("cpu", False, "STELLA_KERNELS_BACKEND=reference asks for the reference")
-    if not _LIBRARY.exists():
-        backend = Backend(
-            "cpu",
-            False,
-            "the native library was not built; install a C++ compiler, cmake, ninja and pybind11, then run "
-            "STELLA_KERNELS_BUILD=cpu pip install --no-build-isolation . to see what is missing",
-        )
-    else:
-        try:
-            _check_instruction_set()
-            torch.ops.load_library(str(_LIBRARY))
-            backend = Backend("cpu", True)
-        except OSError as error:
-            why_not = f"the native library does not load beside torch {torch.__version__}: {error}"
-            backend = Backend("cpu", False, why_not)
-    if choice == "cpu" and not backend.available:
+def _cpu_library(standing: Standing) -> Backend:
+    """The CPU's backend; an error where ``STELLA_KERNELS_BACKEND`` asks for one that cannot serve."""
+    why_not = f"{standing.why_not}; {standing.what_to_do}" if standing.state != "not asked for" else standing.why_not
+    backend = Backend("cpu", standing.state == "serves", "" if standing.state == "serves" else why_not)
+    if requested() == "cpu" and not backend.available:
         raise BackendUnavailableError(f"STELLA_KERNELS_BACKEND=cpu: {backend.why_not}.")
-    if choice == "triton" and (reason := _triton_cannot_start()):
+    if requested() == "triton" and (reason := _triton_cannot_start()):
         raise BackendUnavailableError(f"STELLA_KERNELS_BACKEND=triton: {reason}.")
     return backend
 
 
 environment.check()
-_cpu = _load_cpu_library()
+native_library = load()
+_cpu = _cpu_library(native_library)
 
 
 def backends() -> list[Backend]:

@@ -12,9 +12,10 @@ import pytest
 
 from stella_kernels import environment
 from stella_kernels.operators import backends
+from stella_kernels.operators.native.build_info import build_info
 
 ROOT = Path(__file__).parents[2]
-NATIVE = backends.build_info() if backends.serving("polar") == "cpu" else None
+NATIVE = build_info() if backends.serving("polar") == "cpu" else None
 
 
 def imported(code: str = "import stella_kernels", **variables: str) -> subprocess.CompletedProcess[str]:
@@ -24,7 +25,16 @@ def imported(code: str = "import stella_kernels", **variables: str) -> subproces
     )
 
 
-@pytest.mark.parametrize("name", ["STELLA_KERNELS_BAKCEND", "STELLA_KERNELS_THREADS", "stella_kernels_backend"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "STELLA_KERNELS_BAKCEND",
+        "STELLA_KERNELS_THREADS",
+        "stella_kernels_backend",
+        "STELLA_KERNEL_BACKEND",
+        "STELLAKERNELS_BACKEND",
+    ],
+)
 def test_a_variable_that_there_is_not(name: str) -> None:
     done = imported(**{name: "cpu"})
     assert done.returncode != 0
@@ -41,6 +51,26 @@ def test_a_value_that_is_no_choice(name: str) -> None:
     for choice in environment.VARIABLES[name].choices:
         assert repr(choice) in done.stderr
     assert f"ValueError: {name}: found 'fastest', wanted one of " in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "meant"),
+    [("STELLA_KERNELS_ISA", "AVX-512", "avx512"), ("STELLA_KERNELS_BACKEND", "refrence", "reference")],
+)
+def test_a_value_that_is_nearly_a_choice(name: str, found: str, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, found)
+    with pytest.raises(ValueError, match=f"found '{found}', wanted one of .*; did you mean '{meant}'\\? Else unset it"):
+        environment.value(name)
+
+
+def test_the_documented_table() -> None:
+    """docs/api.md has a row for each variable, as the table has it; a row that is shown as wanted goes there."""
+    rows = []
+    for name, variable in environment.VARIABLES.items():
+        values = [f"`{choice}`{' (default)' * (choice == variable.default)}" for choice in variable.choices]
+        rows.append(f"| `{name}` | {', '.join(values) or 'any text'} | {variable.meaning} |")
+    found = [line for line in (ROOT / "docs" / "api.md").read_text().splitlines() if line.startswith("| `STELLA_")]
+    assert found == rows
 
 
 @pytest.mark.parametrize("name", environment.VARIABLES)
@@ -70,7 +100,7 @@ def test_instruction_sets() -> None:
     here, built = NATIVE.instruction_sets_here(), NATIVE.instruction_sets()
     assert here[-1] == "baseline"
     assert set(here) <= set(built) <= set(environment.VARIABLES["STELLA_KERNELS_ISA"].choices)
-    code = "from stella_kernels.operators import backends; print(backends.build_info().instruction_set())"
+    code = "from stella_kernels.operators.native.build_info import build_info; print(build_info().instruction_set())"
     for name in environment.VARIABLES["STELLA_KERNELS_ISA"].choices:
         done = imported(code, STELLA_KERNELS_ISA=name.upper())
         if name in here:

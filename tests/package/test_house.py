@@ -27,7 +27,7 @@ ROOMS: dict[str, list[tuple[str, ...]]] = {
         ("optim",),
         ("serving",),
         ("peft",),
-        ("verification",),
+        ("verification", "machine"),
         ("__main__",),
         ("",),  # the public names
     ],

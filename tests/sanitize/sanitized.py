@@ -55,8 +55,6 @@ class Sanitized:
             shutil.copytree(ROOT / name, self.folder / name, ignore=ignored)
         shutil.copy(ROOT / "pyproject.toml", self.folder)
         shutil.copy(folder / "_cpu.so", self.folder / "stella_kernels")
-        # Else an editable installation's finder brings that of the library that is installed.
-        (self.folder / "stella_kernels" / "_build_info.py").write_text("raise ImportError('not under sanitizers')\n")
         # The C++ library as well: its throw is looked up as the process starts, and Python is not linked with it.
         preload = " ".join(map(_runtime, ("libasan.so", "libstdc++.so")))
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("STELLA_KERNELS_")}

@@ -13,6 +13,7 @@ import torch
 
 from stella_kernels import __main__ as command
 from stella_kernels.operators import backends
+from stella_kernels.operators.native.build_info import build_info
 from stella_kernels.operators.signatures import OPERATORS
 from stella_kernels.verification import judge
 from stella_kernels.verification.case_table import Case, cases
@@ -71,7 +72,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 
 def instruction_sets() -> list[str]:
-    native = backends.build_info()
+    native = build_info()
     return native.instruction_sets() if native is not None and backends.serving("polar") == "cpu" else []
 
 
@@ -80,7 +81,7 @@ def instruction_sets() -> list[str]:
 def test_instruction_set(name: str) -> None:
     if name not in instruction_sets():
         pytest.skip(f"{name} is not in this build")
-    native = backends.build_info()
+    native = build_info()
     assert native is not None
     if name not in native.instruction_sets_here():
         pytest.skip(f"this processor has no {name}")

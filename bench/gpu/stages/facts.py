@@ -56,9 +56,10 @@ def _version(package: str) -> str:
 def _software() -> dict[str, object]:
     from stella_kernels import environment
     from stella_kernels.operators import backends
+    from stella_kernels.operators.native.build_info import build_info
     from stella_kernels.version import __version__
 
-    native = backends.build_info()
+    native, state = build_info(), backends.native_library.state
     return {
         "stella_kernels": __version__,
         "python": platform.python_version(),
@@ -66,7 +67,9 @@ def _software() -> dict[str, object]:
         "CUDA of torch": torch.version.cuda or "none",
         "ROCm of torch": torch.version.hip or "none",
         **{name: _version(name) for name in ("triton", "numpy", "peft", "transformers", "pytest", "matplotlib")},
-        "native CPU library": "none: the reference serves the CPU" if native is None else native.compiler,
+        "native CPU library": f"{state}: the reference serves the CPU"
+        if native is None
+        else f"{state}, {native.compiler}",
         "backend of a GPU": backends.triton_why_not() or "Triton",
         "operating system": f"{platform.system()} {platform.release()}",
         "variables": ", ".join(

@@ -123,12 +123,7 @@ struct IsaKernels {
   const AdapterKernels* adapter;
 };
 
-// The table of the best instruction set that this build holds and this processor has. STELLA_KERNELS_ISA names another.
+// The table of the chosen instruction set (instruction_sets.h).
 const IsaKernels& kernels();
-
-// Names of the instruction sets in this build, best first, ended by nullptr.
-// Those in this build, best first, and of them those that run here; a null pointer ends each.
-const char* const* built_instruction_sets();
-const char* const* instruction_sets_here();
 
 }  // namespace stella
