@@ -1,34 +1,65 @@
 """Hands the build of csrc/ to CMakeLists.txt; everything else is in pyproject.toml.
 
 ``STELLA_KERNELS_BUILD`` chooses what is built: ``auto`` (default: what can be built, saying loudly what was skipped),
-``none`` (pure Python), ``cpu`` or ``cuda`` (fails when it cannot be built).
+``none`` (pure Python), ``cpu`` (fails when it cannot be built). ``CMAKE_ARGS`` are more options for CMake.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Distribution, Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-MODES = ("auto", "none", "cpu", "cuda")
-MODE = os.environ.get("STELLA_KERNELS_BUILD", "auto").lower() or "auto"
+
+
+def environment() -> ModuleType:
+    """The table of variables, by its file: importing the package would ask for torch."""
+    spec = importlib.util.spec_from_file_location("environment", ROOT / "stella_kernels" / "environment.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+ENVIRONMENT = environment()
+try:
+    ENVIRONMENT.check()
+    MODE = ENVIRONMENT.value("STELLA_KERNELS_BUILD")
+except ValueError as error:
+    sys.exit(f"stella_kernels: {error}")
+LIBRARIES = ("_cpu.so", "_build_info.so")  # and a launcher of GPU kernels for each Python
 OLDEST_TORCH = (2, 10)  # the first whose stable ABI has parallel_for
+
+
+def torch_here() -> tuple[Path, str]:
+    """The folder of the torch that is installed and its version, without the seconds of importing it."""
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None
+    assert spec.origin is not None
+    folder = Path(spec.origin).parent
+    return folder, str(runpy.run_path(str(folder / "version.py"))["__version__"])
 
 
 def missing_for_cpu() -> list[str]:
     """What the CPU library needs beside torch and does not find, each with what to do."""
     missing = []
-    import torch
-
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
-        missing.append(f"torch {torch.__version__} is older than {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}; upgrade torch.")
+    _, version = torch_here()
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
+        missing.append(f"torch {version} is older than {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}; upgrade torch.")
     try:
         import pybind11  # noqa: F401
     except ImportError:
@@ -67,15 +98,16 @@ class CMakeBuild(build_ext):
         """Where the libraries belong: in the source tree, or in the folder that a wheel is packed from."""
         return ROOT / "stella_kernels" if self.inplace else Path(self.build_lib).resolve() / "stella_kernels"
 
-    def clear(self) -> None:
-        """Take libraries of an earlier build out of what a wheel is packed from: none, or all of this build."""
-        for path in () if self.inplace else self.destination().glob("*.so"):
-            path.unlink()
+    def clear(self, kept: Collection[str] = ()) -> None:
+        """Take libraries of an earlier build away, from the source tree too: none serve, or all of this build."""
+        for path in self.destination().glob("*.so"):
+            if path.name not in kept:
+                path.unlink()
 
     def build(self) -> None:
         import pybind11
-        import torch
 
+        torch, version = torch_here()
         folder = Path(self.build_temp).resolve()
         libraries = folder / "libraries"
         shutil.rmtree(libraries, ignore_errors=True)  # of another Python, or of sources that are gone
@@ -84,20 +116,24 @@ class CMakeBuild(build_ext):
             "cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DSTELLA_KERNELS_TORCH={Path(torch.__file__).parent}",
-            f"-DSTELLA_KERNELS_TORCH_VERSION={torch.__version__}",
+            f"-DSTELLA_KERNELS_TORCH={torch}",
+            f"-DSTELLA_KERNELS_TORCH_VERSION={version}",
             f"-DSTELLA_KERNELS_OUTPUT={libraries}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]  # fmt: skip
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(folder)], check=True)
+        made = {library.name for library in libraries.iterdir()}
+        if absent := [name for name in LIBRARIES if name not in made]:
+            raise FileNotFoundError(f"CMake ended well and left no {' and no '.join(absent)} in {libraries}")
         # Only now that everything is there: half of the libraries would be half a package.
-        self.clear()
         self.destination().mkdir(parents=True, exist_ok=True)
         for library in libraries.iterdir():
             # a new file beside the old one takes its name: a process that has the old one loaded keeps it
             fresh = self.destination() / f"{library.name}.new"
             shutil.copy2(library, fresh)
             fresh.replace(self.destination() / library.name)
+        self.clear(kept=made)
 
     def get_source_files(self) -> list[str]:
         return []
@@ -114,16 +150,19 @@ class BinaryDistribution(Distribution):
         return MODE != "none"
 
 
+class AnyPython(bdist_wheel):
+    """One wheel for every Python: the libraries are C, and of the launchers each Python finds its own or none."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        has_libraries = any(Path(self.bdist_dir).rglob("*.so"))  # auto skips what it cannot build
+        return "py3", "none", super().get_tag()[2] if has_libraries else "any"
+
+
 def report_skipped(what: str, reasons: list[str]) -> None:
     lines = [f"stella_kernels: {what} is NOT built; the pure-PyTorch reference will serve instead.", *reasons]
     bar = "!" * 80
     print("\n".join([bar, *lines, bar]), file=sys.stderr, flush=True)
 
-
-if MODE not in MODES:
-    sys.exit(f"stella_kernels: STELLA_KERNELS_BUILD: found {MODE!r}, wanted one of {', '.join(MODES)}.")
-if MODE == "cuda":
-    sys.exit("stella_kernels: STELLA_KERNELS_BUILD=cuda: this release has no CUDA library; use 'auto' or 'cpu'.")
 
 # A wheel without torch stops at its metadata, an isolated build's first step; an sdist needs nothing compiled.
 BUILDS = {"dist_info", "bdist_wheel", "editable_wheel", "build", "build_ext", "install", "develop"}
@@ -134,7 +173,7 @@ if MODE != "none" and BUILDS.intersection(sys.argv) and importlib.util.find_spec
     )
 
 setup(
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPython},
     distclass=BinaryDistribution,
     ext_modules=[] if MODE == "none" else [Extension("stella_kernels._cpu", sources=[])],
 )

@@ -103,9 +103,10 @@ def test_sdist_holds_every_file_that_a_build_needs(unpacked: Path) -> None:
 def test_wheel_built_from_the_sdist_runs_outside_the_source_tree(unpacked: Path, tmp_path: Path) -> None:
     archive, site = installed(unpacked, tmp_path / "cpu", "cpu")
     names = set(zipfile.ZipFile(archive).namelist())
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    assert {"stella_kernels/_cpu.so", f"stella_kernels/_build_info{suffix}", "stella_kernels/py.typed"} <= names
+    launcher = f"stella_kernels/_launcher{sysconfig.get_config_var('EXT_SUFFIX')}"
+    assert {"stella_kernels/_cpu.so", "stella_kernels/_build_info.so", launcher, "stella_kernels/py.typed"} <= names
     assert {n for n in sources() if n.startswith("stella_kernels/") and n.endswith(".py")} <= names
+    assert "-py3-none-" in archive.name  # for every Python
     assert not archive.name.endswith("none-any.whl")
     where = succeed(
         sys.executable,
@@ -152,6 +153,8 @@ def test_without_a_compiler(unpacked: Path, tmp_path: Path, mode: str) -> None:
     else:
         assert built.returncode == 0, text
         assert "the CPU library is NOT built; the pure-PyTorch reference will serve instead" in text
+        (archive,) = tmp_path.glob("*.whl")
+        assert archive.name.endswith("-py3-none-any.whl")
 
 
 # A cmake that makes the libraries named in MADE and then says that it failed, or did not.
@@ -168,8 +171,10 @@ else:
 """
 
 
-def pretended_build(folder: Path, mode: str, made: str, fails: bool) -> subprocess.CompletedProcess[str]:
-    """The build step alone, with that cmake, and with whatever else it looks for on the PATH."""
+def pretended_build(
+    folder: Path, mode: str, made: str, fails: bool, root: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    """The build step alone, with that cmake, and with whatever else it looks for on the PATH; in place of a copy."""
     tools = folder / "tools"
     tools.mkdir(exist_ok=True)
     (tools / "cmake").write_text(CMAKE.format(python=sys.executable, note=str(folder / "note")))
@@ -177,30 +182,44 @@ def pretended_build(folder: Path, mode: str, made: str, fails: bool) -> subproce
         (tools / name).write_text("")
     for tool in tools.iterdir():
         tool.chmod(0o755)
+    where = ["--build-lib", str(folder / "lib")] if root == ROOT else ["--inplace"]
     return run(
-        sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder / "lib"),
-        "--build-temp", str(folder / "temp"), cwd=ROOT,
+        sys.executable, "setup.py", "-q", "build_ext", *where, "--build-temp", str(folder / "temp"), cwd=root,
         PATH=f"{tools}{os.pathsep}{os.environ['PATH']}", STELLA_KERNELS_BUILD=mode, MADE=made, FAILS=str(int(fails)),
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", ["auto", "cpu", "CPU"])
-def test_a_build_that_fails_leaves_no_library(tmp_path: Path, mode: str) -> None:
-    """Not the half of them that was made, and in what a wheel is packed from not those of an earlier build either."""
+ALL = "_cpu.so _build_info.so _launcher.so"
+
+
+@pytest.mark.parametrize(("mode", "in_place"), [("auto", False), ("Auto", True), ("cpu", False), ("CPU", True)])
+def test_a_build_that_fails_leaves_no_library(tmp_path: Path, mode: str, in_place: bool) -> None:
+    """Not the half of them that was made; nor those of an earlier build where the reference is said to serve."""
     pytest.importorskip("pybind11")
-    package = tmp_path / "lib" / "stella_kernels"
-    assert pretended_build(tmp_path, mode, "_cpu.so _build_info.so", fails=False).returncode == 0
-    assert sorted(path.name for path in package.iterdir()) == ["_build_info.so", "_cpu.so"]
-    done = pretended_build(tmp_path, mode, "_cpu.so", fails=True)
-    if mode == "auto":
-        assert done.returncode == 0
-        assert "the CPU library is NOT built" in done.stderr
-        assert not list(package.iterdir())
-    else:
-        assert done.returncode != 0
-        assert "STELLA_KERNELS_BUILD=cpu failed" in done.stderr
-    assert pretended_build(tmp_path, mode, "_cpu.so _build_info.so", fails=False).returncode == 0
-    assert sorted(path.name for path in package.iterdir()) == ["_build_info.so", "_cpu.so"]
+    root, package = ROOT, tmp_path / "lib" / "stella_kernels"
+    if in_place:
+        root, package = tmp_path / "copy", tmp_path / "copy" / "stella_kernels"
+        package.mkdir(parents=True)
+        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "stella_kernels/environment.py"):
+            shutil.copy(ROOT / name, root / name)
+        (package / "version.py").write_text('__version__ = "1"\n')
+        (package / "_build_info.cpython-310.so").write_text("of an earlier release")
+    every = sorted(ALL.split())
+    assert pretended_build(tmp_path, mode, ALL, fails=False, root=root).returncode == 0
+    assert sorted(path.name for path in package.glob("*.so*")) == every
+    for made, fails, why in ((ALL, True, "failed"), ("_cpu.so", False, "left no _build_info.so")):
+        done = pretended_build(tmp_path, mode, made, fails, root)
+        assert why in done.stderr
+        if mode.lower() == "auto":
+            assert done.returncode == 0
+            assert "the CPU library is NOT built" in done.stderr
+            assert not list(package.glob("*.so*"))
+        else:
+            assert done.returncode != 0
+            assert "STELLA_KERNELS_BUILD=cpu failed" in done.stderr
+            assert sorted(path.name for path in package.glob("*.so*")) == every  # nothing is packed from there
+    assert pretended_build(tmp_path, mode, ALL, fails=False, root=root).returncode == 0
+    assert sorted(path.name for path in package.glob("*.so*")) == every
 
 
 @pytest.mark.whole
@@ -209,18 +228,26 @@ def test_a_path_with_spaces_and_parentheses(unpacked: Path, tmp_path: Path) -> N
     folder = tmp_path / "a (b) c" / "source"
     shutil.copytree(unpacked, folder, ignore=shutil.ignore_patterns("build"))  # of a test that built there
     _, site = installed(folder, tmp_path / "out (d)", "cpu")
-    code = "from stella_kernels.operators import backends; print(backends.serving('polar'), backends.build_info())"
+    code = (
+        "from stella_kernels.operators import backends, planned\n"
+        "from stella_kernels.operators.native.build_info import build_info\n"
+        "print(backends.serving('polar'), build_info().instruction_sets_here()[-1], bool(planned.launcher()))"
+    )
     told = succeed(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site))
-    assert told.startswith("cpu <module 'stella_kernels._build_info'")
+    assert told.split() == ["cpu", "baseline", "True"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mode", "message"),
-    [("fast", "STELLA_KERNELS_BUILD: found 'fast', wanted one of auto"), ("cuda", "no CUDA library")],
+    ("variable", "value", "message"),
+    [
+        ("BUILD", "fast", "STELLA_KERNELS_BUILD: found 'fast', wanted one of 'auto', 'none', 'cpu'; correct it"),
+        ("BIULD", "cpu", "STELLA_KERNELS_BIULD: found set, but there is no such variable"),
+        ("ISA", "avx5", "STELLA_KERNELS_ISA: found 'avx5', wanted one of 'avx512', "),
+    ],
 )
-def test_mode_that_cannot_be(unpacked: Path, tmp_path: Path, mode: str, message: str) -> None:
-    built = wheel(unpacked, tmp_path, STELLA_KERNELS_BUILD=mode)
+def test_a_variable_that_cannot_be(unpacked: Path, tmp_path: Path, variable: str, value: str, message: str) -> None:
+    built = wheel(unpacked, tmp_path, **{f"STELLA_KERNELS_{variable}": value})
     assert built.returncode != 0
     assert message in built.stdout + built.stderr
 
