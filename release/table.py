@@ -21,7 +21,8 @@ def table(log: dict[str, Any]) -> str:
     lines = [f"| Python | {' | '.join(f'torch {torch}' for torch in torches)} |", "|---" * (len(torches) + 1) + "|"]
     for python in dict.fromkeys(row["python"] for row in native):
         cells = {row["torch"]: _cell(row) for row in native if row["python"] == python}
-        lines.append(f"| {python} | {' | '.join(cells.get(torch, 'not to be had') for torch in torches)} |")
+        other = cells.get("newest", "not run")  # that name stays where no torch was found
+        lines.append(f"| {python} | {' | '.join(cells.get(torch, other) for torch in torches)} |")
     lines.append("")
     lines.append(f"On {log['system']}, by `make test-wheel`. `{native[0]['wheel']}` served with its CPU kernels.")
     for row in log["rows"]:

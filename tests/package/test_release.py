@@ -30,14 +30,17 @@ def test_a_table() -> None:
     rows = [
         row("2.14.1"), row("2.9.0"), row("2.14.1", "3.11.2", failed="verify: MISS"),
         row("2.9.0", "3.11.2", **{"not to be had": "no matching distribution"}),
+        row("2.14.1", "3.12.3"), row("newest", "3.13.4", **{"not to be had": "no matching distribution"}),
         row("2.14.1", wheel="s-py3-none-any.whl"),
     ]  # fmt: skip
     said = table.table({"system": "Linux", "rows": rows}).splitlines()
-    assert said[:4] == [
+    assert said[:6] == [
         "| Python | torch 2.9.0 | torch 2.14.1 |",
         "|---|---|---|",
         "| 3.10.1 | verify 9 of 9, 7 tests | verify 9 of 9, 7 tests |",
         "| 3.11.2 | not to be had | **failed** |",
+        "| 3.12.3 | not run | verify 9 of 9, 7 tests |",
+        "| 3.13.4 | not to be had | not to be had |",
     ]
     assert said[-1] == "`s-py3-none-any.whl`, on Python 3.10.1 and torch 2.14.1: verify 9 of 9, 7 tests."
 
