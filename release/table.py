@@ -24,7 +24,7 @@ def table(log: dict[str, Any]) -> str:
         other = cells.get("newest", "not run")  # that name stays where no torch was found
         lines.append(f"| {python} | {' | '.join(cells.get(torch, other) for torch in torches)} |")
     lines.append("")
-    lines.append(f"On {log['system']}, by `make test-wheel`. `{native[0]['wheel']}` served with its CPU kernels.")
+    lines.append(f"On {log['system']}, by the steps of `make test-wheel`. `{native[0]['wheel']}` served with its CPU kernels.")
     for row in log["rows"]:
         if row not in native:
             lines.append(f"`{row['wheel']}`, on Python {row['python']} and torch {row['torch']}: {_cell(row)}.")
