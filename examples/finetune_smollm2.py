@@ -124,7 +124,7 @@ def main() -> int:
     began = time.perf_counter()
     torch.manual_seed(arguments.seed)
 
-    print("SmolLM2-135M on movie reviews, with StelLA and LoRA; four to nine minutes on two cores.", flush=True)
+    print("SmolLM2-135M on movie reviews, with StelLA and LoRA; four to ten minutes on two cores.", flush=True)
     reviews, held_out = split(load_reviews(arguments.reviews), arguments.held_out, arguments.seed)
     base, tokenizer = load_smollm2()
     fresh_base, lora_base = copy.deepcopy(base), copy.deepcopy(base)  # PEFT changes the model it is given
