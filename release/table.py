@@ -24,7 +24,8 @@ def table(log: dict[str, Any]) -> str:
         other = cells.get("newest", "not run")  # that name stays where no torch was found
         lines.append(f"| {python} | {' | '.join(cells.get(torch, other) for torch in torches)} |")
     lines.append("")
-    lines.append(f"On {log['system']}, by the steps of `make test-wheel`. `{native[0]['wheel']}` served with its CPU kernels.")
+    wheel = native[0]["wheel"]
+    lines.append(f"On {log['system']}, by the steps of `make test-wheel`. `{wheel}` served with its CPU kernels.")
     for row in log["rows"]:
         if row not in native:
             lines.append(f"`{row['wheel']}`, on Python {row['python']} and torch {row['torch']}: {_cell(row)}.")
