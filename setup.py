@@ -112,6 +112,7 @@ class CMakeBuild(build_ext):
         libraries = folder / "libraries"
         shutil.rmtree(libraries, ignore_errors=True)  # of another Python, or of sources that are gone
         libraries.mkdir(parents=True)
+        (folder / "CMakeCache.txt").unlink(missing_ok=True)  # CMAKE_ARGS of an earlier build are none of this one
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja",
             f"-DPython_EXECUTABLE={sys.executable}",

@@ -69,8 +69,8 @@ def value(name: str) -> str:
 def check() -> None:
     """Raise ``ValueError`` for a variable of the prefix that there is not, and for a value that is no choice."""
     for name in sorted(os.environ):
-        if not re.match(_LIKE, name.upper()) or name in VARIABLES:
-            continue
+        if not os.environ[name] or not re.match(_LIKE, name.upper()) or name in VARIABLES:
+            continue  # empty is not set, here too
         ends = [known.removeprefix(PREFIX) for known in VARIABLES]
         near = difflib.get_close_matches(re.sub(_LIKE, "", name.upper()), ends, 1)
         meant = f"did you mean {PREFIX}{near[0]}? Else unset it" if near else "unset it"

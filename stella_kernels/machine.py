@@ -29,7 +29,7 @@ def _processor() -> str:
 def _triton() -> str:
     try:
         return str(importlib.import_module("triton").__version__)
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:  # of a folder by that name
         return f"not available: {error}"
 
 
@@ -43,15 +43,18 @@ def describe() -> dict[str, object]:
     """What ``info`` prints, as plain values."""
     native = build_info()
     gpus = _gpus()
-    build = None
+    build: dict[str, object] | None = None
     if native is not None:
         build = {
             "compiler": native.compiler,
             "torch at build": native.torch_at_build,
             "instruction sets built": native.instruction_sets(),
-            "instruction set chosen": native.instruction_set(),
-            "vector bytes": native.vector_bytes(),
         }
+        try:
+            build["instruction set chosen"] = native.instruction_set()
+            build["vector bytes"] = native.vector_bytes()
+        except ValueError as error:  # one is asked for that is not here, and nothing else has said so
+            build["instruction set chosen"] = f"none: {error}"
     devices = ["cpu", "cuda"] if gpus else ["cpu"]
     return {
         "stella_kernels": __version__,

@@ -66,8 +66,9 @@ def why_unfit(base: nn.Module) -> str | None:
     if isinstance(base, CONVOLUTIONS):
         if base.groups != 1:
             return f"has groups={base.groups}, wanted 1: an adapter's first convolution takes all channels together"
-        if not any(type(base).forward is kind.forward for kind in CONVOLUTIONS):
-            return f"is a {type(base).__name__} with a forward of its own, wanted that of nn.Conv1d to nn.Conv3d"
+        own = type(base)
+        if not any((own.forward, own._conv_forward) == (kind.forward, kind._conv_forward) for kind in CONVOLUTIONS):
+            return f"is a {own.__name__} with a forward of its own, wanted that of nn.Conv1d to nn.Conv3d"
     return None
 
 

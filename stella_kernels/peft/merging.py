@@ -54,6 +54,13 @@ def separate_shared_weights(model: nn.Module, adapter_names: list[str] | None) -
             weight = layer.get_base_layer()._parameters.get("weight")
             owner_names = owners.get(id(weight), [])
             others = [other.split(".base_layer")[0] for other in owner_names if not other.startswith(own)]
+            if len(others) > 1:
+                raise ValueError(
+                    f"merge: the weight of {name!r} is also that of {', '.join(map(repr, others))}, wanted it shared "
+                    "with one other module at most: no configuration of transformers says which of several are tied, "
+                    "and a merged model would load otherwise than it was saved. Nothing was changed; save the adapter "
+                    "instead, or give each module a weight of its own first."
+                )
             if others:
                 shared[name] = (layer, others)
     for name, (layer, others) in shared.items():
@@ -160,8 +167,9 @@ class MergingLayer(StellaLayer):
         """Undo ``separate_weight`` where no adapter is merged any more."""
         if self.shared_weight and not self.merged:
             base: Any = self.get_base_layer()
-            (base.weight,) = self.shared_weight
-            self.shared_weight = ()
+            (shared,) = self.shared_weight
+            shared.data = shared.detach().to(base.weight)  # where all that shared it were moved or cast meanwhile
+            base.weight, self.shared_weight = shared, ()
 
     def kept_base(self) -> Kept | None:
         """What ``put_back`` needs to undo a merge exactly where the weight is quantized; else None: see ``unmerge``."""

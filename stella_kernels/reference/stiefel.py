@@ -80,7 +80,8 @@ def polar_factor(M: Tensor) -> Tensor:
     """
     P, sigma, Rt = torch.linalg.svd(M, full_matrices=False)  # (..., n, r), (..., r), (..., r, r)
     Q = P @ Rt
-    deficient = sigma[..., -1:] <= M.shape[-2] * torch.finfo(M.dtype).eps * sigma[..., :1]  # (..., 1)
+    negligible = sigma <= M.shape[-2] * torch.finfo(M.dtype).eps * sigma[..., :1]  # (..., r)
+    deficient = negligible.any(-1, keepdim=True)  # (..., 1), also where r = 0
     # then columns of Q may need the rows that are zero in M
     return torch.where(deficient.unsqueeze(-1), Q, _zero_where(Q, M))
 

@@ -10,10 +10,12 @@ import torch
 
 pytest.importorskip("peft")
 
+from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
 
+from stella_kernels.peft import StellaConfig
 from tests.peft.models import SAME_LOGITS, adapted, difference, llama, logits, stella_layers, stir, tokens
 
 MERGE = r"^merge: the weight of 'model\.embed_tokens' is also that of 'lm_head', to which its adapter adds nothing"
@@ -119,3 +121,18 @@ def test_linear_layers_that_share_a_weight():
 def test_tying_the_adapters_is_refused():
     with pytest.raises(ValueError, match=r"^ensure_weight_tying: found True with an embedding among target_modules"):
         adapted(llama(tie_word_embeddings=True), target_modules=["embed_tokens"], ensure_weight_tying=True)
+
+
+def test_a_weight_of_three_modules_is_not_merged_into() -> None:
+    config = BartConfig(
+        vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=32,
+    )  # fmt: skip
+    model = get_peft_model(BartForConditionalGeneration(config), StellaConfig(r=4, target_modules=["lm_head"]))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="wanted it shared with one other module at most"):
+        model.merge_adapter()
+    with pytest.raises(ValueError, match="Nothing was changed"):
+        model.merge_and_unload()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
