@@ -34,7 +34,7 @@ def main() -> int:
     table.write()
     failed = [row for row in rows if "failed" in row]
     print(f"{len(rows) - len(failed)} of {len(rows)} pairs hold; written: {check.LOG}, {table.PAGE}")
-    return 1 if failed else 0
+    return 1 if failed or not table.served_somewhere(table.logged()) else 0
 
 
 if __name__ == "__main__":

@@ -70,6 +70,8 @@ def _steps(wheel: Path, python: Python, torch: str, folder: Path) -> Iterator[tu
     try:
         _said(*pip, "torch" if torch == "newest" else f"torch=={torch}", *_FOR_TESTS)
     except Failed as failure:
+        if "No matching distribution found for torch" not in str(failure):
+            raise  # the network, the disk, or another package: nothing is known of this pair
         yield "not to be had", str(failure).splitlines()[-1]
         return
     yield "torch", _said(own, "-c", "import torch; print(torch.__version__.split('+')[0])")

@@ -24,12 +24,17 @@ def table(log: dict[str, Any]) -> str:
         other = cells.get("newest", "not run")  # that name stays where no torch was found
         lines.append(f"| {python} | {' | '.join(cells.get(torch, other) for torch in torches)} |")
     lines.append("")
-    wheel = native[0]["wheel"]
-    lines.append(f"On {log['system']}, by the steps of `make test-wheel`. `{wheel}` served with its CPU kernels.")
+    served = "served with its CPU kernels where it was verified" if served_somewhere(log) else "**served nowhere**"
+    lines.append(f"On {log['system']}, by the steps of `make test-wheel`. `{native[0]['wheel']}` {served}.")
     for row in log["rows"]:
         if row not in native:
             lines.append(f"`{row['wheel']}`, on Python {row['python']} and torch {row['torch']}: {_cell(row)}.")
     return "\n".join(lines)
+
+
+def served_somewhere(log: dict[str, Any]) -> bool:
+    """Whether the wheel with the library was verified on any pair: else nothing was shown."""
+    return any("verify" in row and "failed" not in row for row in log["rows"] if not row["wheel"].endswith("-any.whl"))
 
 
 def _cell(row: dict[str, Any]) -> str:

@@ -45,6 +45,35 @@ def test_a_table() -> None:
     assert said[-1] == "`s-py3-none-any.whl`, on Python 3.10.1 and torch 2.14.1: verify 9 of 9, 7 tests."
 
 
+def test_a_table_of_nothing_says_so() -> None:
+    rows = [row("2.14.1", failed="pip install: no network"), row("2.9.0", wheel="s-py3-none-any.whl")]
+    log = {"system": "Linux", "rows": rows}
+    assert not table.served_somewhere(log)
+    assert "`s-py3-none-linux.whl` **served nowhere**." in table.table(log)
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ("ERROR: No matching distribution found for torch==2.99.0", "not to be had"),
+        ("[Errno 101] no network", "failed"),
+    ],
+)
+def test_only_a_torch_that_no_index_has_is_not_to_be_had(
+    said: str, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*command: str, **_: object) -> str:
+        if "install" in command:
+            raise check.Failed(f"-m pip install: {said}")
+        return ""
+
+    monkeypatch.setattr(check, "_said", refuse)
+    (here,) = pythons.to_be_had([sys.executable])
+    found = check._row(Path("s-py3-none-linux.whl"), here, "2.99.0", tmp_path)
+    assert kept in found
+    assert len({"failed", "not to be had"} & set(found)) == 1
+
+
 def test_what_is_checked_holds_and_starts_at_the_oldest_torch() -> None:
     assert not [row for row in table.logged()["rows"] if "failed" in row]
     oldest = re.search(r'dependencies = \["torch>=(.*)"\]', (ROOT / "pyproject.toml").read_text())
