@@ -29,7 +29,7 @@ from .layer import StellaLayer
 from .layers import AdaptedLayer, layer_class
 from .merging import declare_untied, quantization_backend, separate_shared_weights
 from .registration import PREFIX
-from .targets import warn_of_left_out, warn_of_unused, watched, why_never_called
+from .targets import warn_of_aliases, warn_of_left_out, warn_of_unused, watched, why_never_called
 
 BASE_ONLY = "__base__"
 
@@ -129,6 +129,8 @@ class StellaModel(BaseTuner):
         return resolved, left_out
 
     def _check_layers(self, config: Any, model: nn.Module, names: Iterable[str]) -> None:
+        names = list(names)
+        warn_of_aliases(model, names)
         for name in names:
             self._check_layer(config, name, model.get_submodule(name))
             if (reason := why_never_called(model, name)) is not None:

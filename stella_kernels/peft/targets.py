@@ -58,6 +58,24 @@ def warn_of_left_out(model: nn.Module, names: Iterable[str]) -> None:
         )
 
 
+def warn_of_aliases(model: nn.Module, names: Iterable[str]) -> None:
+    """``UserWarning`` where a targeted module has several names: PEFT puts the adapter under the first alone."""
+    places: dict[int, list[str]] = {}
+    for parent_name, parent in model.named_modules():
+        for child, module in parent._modules.items():
+            if module is not None:
+                places.setdefault(id(module), []).append(f"{parent_name}.{child}" if parent_name else child)
+    for name in names:
+        found = places.get(id(model.get_submodule(name)), [])
+        if len(found) > 1:
+            warnings.warn(
+                f"target_modules: {name!r} is the same module as {', '.join(repr(f) for f in found if f != name)}: "
+                "PEFT puts the adapter under the first name, and what is called by another does not get it. Leave it "
+                "out, or give each place a module of its own.",
+                stacklevel=2,
+            )
+
+
 def _may_take_the_fast_path(layer: nn.TransformerEncoderLayer) -> bool:
     """Whether nothing about the layer itself forbids the fused kernel, as its ``forward`` decides."""
     attention = layer.self_attn

@@ -106,6 +106,23 @@ def test_all_linear_of_nothing_else_is_an_error():
         adapted(nn.MultiheadAttention(D, 2), r=2)
 
 
+def test_a_module_with_two_names_is_warned_of() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared = nn.Embedding(9, D)
+            self.encoder = nn.ModuleDict({"embed": self.shared, "fc": nn.Linear(D, D)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.encoder["fc"](self.encoder["embed"](x))
+
+    with pytest.warns(UserWarning, match=r"'shared' is the same module as 'encoder\.embed': PEFT puts the adapter"):
+        get_peft_model(Tied(), StellaConfig(r=4, target_modules=["shared"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_peft_model(Tied(), StellaConfig(r=4, target_modules=["fc"]))
+
+
 def test_the_configuration_of_all_linear_loads_again(tmp_path):
     base = encoder()
     with pytest.warns(UserWarning, match="leaves out"):
