@@ -6,29 +6,11 @@ import statistics
 import time
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from bench.accuracy.run import BATCH, Case, build, loss_of
 from bench.accuracy.tasks import Task
-
-
-class Kept:
-    """Bytes of the storages that autograd keeps for the backward pass, each once, those of ``known`` left out."""
-
-    def __init__(self, known: Sequence[Tensor]) -> None:
-        self._known = {t.untyped_storage().data_ptr() for t in known}
-        self._found: dict[int, torch.UntypedStorage] = {}  # held, so that no address is given out twice
-
-    def pack(self, t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in self._known:
-            self._found[storage.data_ptr()] = storage
-        return t
-
-    @property
-    def bytes(self) -> int:
-        return sum(storage.nbytes() for storage in self._found.values())
+from bench.common.saved import saved_bytes
 
 
 class Priced:
@@ -43,15 +25,18 @@ class Priced:
 
     def step(self) -> None:
         """One step, timed; the first also counts what is kept."""
-        x, mask = self.task.x[:BATCH], None if self.task.mask is None else self.task.mask[:BATCH]
+        task, model = self.task, self.model
+        x, mask = task.x[:BATCH], None if task.mask is None else task.mask[:BATCH]
+
+        def forward() -> Tensor:
+            return loss_of(task, model(x, mask), task.y[:BATCH])
+
         begin = time.perf_counter()
-        if not self.kept:
-            kept = Kept([x, *([] if mask is None else [mask]), *self.model.parameters(), *self.model.buffers()])
-            with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda t: t):
-                loss = loss_of(self.task, self.model(x, mask), self.task.y[:BATCH])
-            self.kept = kept.bytes
+        if self.kept:
+            loss = forward()
         else:
-            loss = loss_of(self.task, self.model(x, mask), self.task.y[:BATCH])
+            known = [x, *model.parameters(), *model.buffers()]
+            loss, self.kept = saved_bytes(forward, known if mask is None else [*known, mask])
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()

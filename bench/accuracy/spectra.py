@@ -7,6 +7,8 @@ import statistics
 import torch
 from torch import Tensor, nn
 
+from stella_kernels.diagnostics import principal_angles
+
 Factors = dict[str, tuple[Tensor, Tensor]]  # by layer: B (m, r) with the scale, A (r, n), so that B A is the adapter
 
 
@@ -43,8 +45,7 @@ def turn(before: Tensor, after: Tensor) -> float | None:
     """Mean ``sin²`` of the principal angles between the column spaces of two tall matrices; None where one is 0."""
     if not (before.any() and after.any()):
         return None
-    cosines = torch.linalg.svdvals(torch.linalg.qr(before).Q.mT @ torch.linalg.qr(after).Q)
-    return float(1 - cosines.clamp(max=1).square().mean())
+    return float(principal_angles(after, before).sin().square().mean())
 
 
 @torch.no_grad()

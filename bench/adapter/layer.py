@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from bench.adapter.lora import lora
 from bench.common.device import CPU, as_trained
+from bench.common.saved import saved_bytes
 from bench.common.timing import (
     Machine,
     Verdict,
@@ -129,19 +129,7 @@ class Problem:
 
     def saved_bytes(self, name: str) -> int:
         """Bytes that a forward pass keeps for backward, beyond the input and the parameters."""
-        alive = {t.untyped_storage().data_ptr() for t in (self.x, *self.layers[name].parameters())}
-        kept: dict[int, Tensor] = {}
-
-        def pack(saved: Tensor) -> Tensor:
-            if saved.untyped_storage().data_ptr() not in alive:
-                kept[saved.untyped_storage().data_ptr()] = saved
-            return saved
-
-        with saved_tensors_hooks(pack, lambda saved: saved):
-            y = self.forward(name)
-        total = sum(saved.untyped_storage().nbytes() for saved in kept.values())
-        del y
-        return total
+        return saved_bytes(lambda: self.forward(name), (self.x, *self.layers[name].parameters()))[1]
 
 
 def problem(case: Case, names: Sequence[str] = tuple(LAYERS), device: torch.device = CPU) -> Problem:

@@ -168,7 +168,8 @@ class MergingLayer(StellaLayer):
         if self.shared_weight and not self.merged:
             base: Any = self.get_base_layer()
             (shared,) = self.shared_weight
-            shared.data = shared.detach().to(base.weight)  # where all that shared it were moved or cast meanwhile
+            if not (shared.is_meta or base.weight.is_meta):  # else it is offloaded, and its hooks bring it back
+                shared.data = shared.detach().to(base.weight)  # where all that shared it were moved or cast meanwhile
             base.weight, self.shared_weight = shared, ()
 
     def kept_base(self) -> Kept | None:

@@ -16,12 +16,13 @@ import torch
 from bench.accuracy.command import RESULTS
 from bench.accuracy.encoder import Block, Blocks
 from bench.accuracy.plots import mean_curve, save
-from bench.accuracy.price import Kept, price
+from bench.accuracy.price import price
 from bench.accuracy.run import LORA, METHODS, RATES, STELLA, Case, build, loss_of, run
 from bench.accuracy.schedule import SEEDS, best_rate, groups, rate_cases, work
 from bench.accuracy.spectra import compare, factors_of, participation, singular_values, turn
 from bench.accuracy.tables import mean_and_error, paired, read, scores, tables
 from bench.accuracy.tasks import Task
+from bench.common.saved import saved_bytes
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 
@@ -106,11 +107,12 @@ def test_what_a_run_did_to_its_adapters_is_that_of_the_dense_weights(method: str
 
 def test_what_is_kept_for_the_backward_pass_is_counted_once() -> None:
     weight = torch.nn.Parameter(torch.ones(8, 8))
-    kept = Kept([weight])
-    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda t: t):
+
+    def forward() -> torch.Tensor:
         hidden = torch.ones(4, 8) @ weight  # keeps its input, 128 bytes
-        (hidden.exp().sum() + hidden.square().sum()).backward()  # keep the exponential and the product, 128 bytes each
-    assert kept.bytes == 3 * 4 * 8 * 4
+        return hidden.exp().sum() + hidden.square().sum()  # keep the exponential and the product, 128 bytes each
+
+    assert saved_bytes(forward, [weight])[1] == 3 * 4 * 8 * 4
 
 
 def test_the_price_has_a_line_for_each_method() -> None:

@@ -73,6 +73,14 @@ def test_the_documented_table() -> None:
     assert found == rows
 
 
+def test_an_empty_variable_that_there_is_not_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STELLA_KERNELS_DEBUG", "")
+    environment.check()
+    monkeypatch.setenv("STELLA_KERNELS_DEBUG", "1")
+    with pytest.raises(ValueError, match="there is no such variable"):
+        environment.check()
+
+
 @pytest.mark.parametrize("name", environment.VARIABLES)
 def test_any_case_and_empty(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     variable = environment.VARIABLES[name]

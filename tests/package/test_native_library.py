@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -122,6 +123,30 @@ def test_what_else_the_linker_says(message: str, said: str, advised: str) -> Non
     assert found.state == "does not load"
     assert said in found.why_not
     assert found.what_to_do.startswith(advised)
+
+
+class OfAnotherProcessor:
+    compiler, torch_at_build = "GCC 12", "2.13.0"
+
+    def instruction_sets(self) -> list[str]:
+        return ["avx512", "baseline"]
+
+    def instruction_set(self) -> str:
+        raise ValueError("STELLA_KERNELS_ISA: found 'avx512', wanted 'baseline'")
+
+
+def test_info_of_an_instruction_set_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    # as where the reference is asked for too, so that nothing native was loaded
+    monkeypatch.setattr(machine, "build_info", OfAnotherProcessor)
+    monkeypatch.setattr(machine, "next_step", lambda: "")
+    build = machine.describe()["native build"]
+    assert isinstance(build, dict)
+    assert build["instruction set chosen"].startswith("none: STELLA_KERNELS_ISA: found 'avx512'")
+
+
+def test_info_beside_a_folder_by_the_name_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
+    assert machine._triton().startswith("not available: module 'triton' has no attribute")
 
 
 @needs_native

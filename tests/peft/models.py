@@ -99,3 +99,14 @@ def orthonormality(model: nn.Module, adapter: str = "default") -> float:
         for gram in (U.mT @ U, Vt @ Vt.mT):
             worst = max(worst, float((gram - torch.eye(len(gram), dtype=gram.dtype)).norm()))
     return worst
+
+
+def check_dropped_out_in_training_only(model: nn.Module, x: Tensor) -> None:
+    """Of a model in evaluation, which is left in training."""
+    still = model(x).detach()
+    assert torch.equal(model(x), still)
+    model.train()
+    draws = torch.stack([model(x).detach() for _ in range(64)])
+    assert not torch.equal(draws[0], draws[1])
+    # the mean of 64 draws is the undropped output within 6 standard errors, everywhere
+    assert bool(((draws.mean(0) - still).abs() <= 6 * draws.std(0) / 8).all())

@@ -25,6 +25,11 @@ class Convolved(nn.Conv2d):
         return torch.tanh(super().forward(x))
 
 
+class Standardised(nn.Conv2d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
 @pytest.mark.parametrize(
     ("base", "message"),
     [
@@ -35,6 +40,7 @@ class Convolved(nn.Conv2d):
         (lambda: nn.Conv2d(4, 6, 3, groups=2), r"'0' has groups=2, wanted 1"),
         (lambda: nn.ConvTranspose2d(4, 6, 3), r"'0' is a ConvTranspose2d, wanted a linear layer"),
         (lambda: Convolved(4, 6, 3), r"'0' is a Convolved with a forward of its own, wanted that of nn\.Conv1d"),
+        (lambda: Standardised(4, 6, 3), r"'0' is a Standardised with a forward of its own, wanted that of nn\.Conv1d"),
     ],
 )
 @pytest.mark.parametrize("others", [[], ["1"]])

@@ -136,3 +136,14 @@ def test_a_weight_of_three_modules_is_not_merged_into() -> None:
         model.merge_and_unload()
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def test_a_weight_that_all_sharers_adapt_follows_a_model_cast_while_merged() -> None:
+    _, model = tied("embed_tokens", "lm_head")
+    with pytest.warns(UserWarning, match="is also that of"):
+        model.merge_adapter()
+    model.to(torch.float64)
+    model.unmerge_adapter()
+    first, second = (layer.get_base_layer().weight for layer in stella_layers(model).values())
+    assert first is second
+    assert first.dtype == torch.float64
