@@ -109,7 +109,8 @@ def test_what_is_kept_for_the_backward_pass_is_counted_once() -> None:
     weight = torch.nn.Parameter(torch.ones(8, 8))
 
     def forward() -> torch.Tensor:
-        hidden = torch.ones(4, 8) @ weight  # keeps its input, 128 bytes
+        # keeps its input, 128 bytes, and the weight, which is known
+        hidden = torch.ones(4, 8, requires_grad=True) @ weight
         return hidden.exp().sum() + hidden.square().sum()  # keep the exponential and the product, 128 bytes each
 
     assert saved_bytes(forward, [weight])[1] == 3 * 4 * 8 * 4
